@@ -45,7 +45,7 @@ class GenerationError(DataError):
 
     def __str__(self) -> str:
         """Return the one line."""
-        return f"got no image: {self.reason}; expected one; change the dialog or the --seed"
+        return f"got no image: {self.reason}; expected one; change the dialog or the seed"
 
 
 class CheckpointError(D2IError):

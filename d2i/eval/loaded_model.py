@@ -10,19 +10,21 @@ import json
 import operator
 import os
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from numbers import Integral, Real
-from typing import Any, cast, overload
+from pathlib import Path
+from typing import Any, cast, get_args, overload
 
 import torch
 from PIL import Image
 
 from d2i.backbones import backbones, chat_problem, presets_of
-from d2i.config import Recipe, apply_settings
+from d2i.config import BackboneConfig, Recipe, apply_settings
 from d2i.dialog import Turn
 from d2i.diffusion.dpm_solver import OnStep
 from d2i.encoders import Encoders
-from d2i.errors import ConfigError, DataError, GenerationError
+from d2i.errors import CheckpointError, ConfigError, DataError, GenerationError
 from d2i.eval.generation_settings import choose_settings
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import (
@@ -40,7 +42,8 @@ from d2i.io import storage
 from d2i.prompt_text import Role, context_messages, context_text
 from d2i.recipes import RECIPES, change_recipe, load_recipe, read_stored_recipe
 from d2i.run_dir import CONFIG_NAME, read_recipe
-from d2i.weights_resolve import is_shipped
+from d2i.weights_catalog import weights_to_fetch
+from d2i.weights_resolve import is_shipped, resolve_weights
 
 _MAX_SEED = 2**63
 
@@ -73,7 +76,7 @@ def load(
         ConfigError: If there is no such system, or an argument or a setting is wrong.
         CheckpointError: If weights are missing, damaged or do not fit.
     """
-    name, files = _system_name(system), None if weights is None else os.fspath(weights)
+    name, files = _system_name(system), _weights_name(weights)
     batches = _batch_settings(compute_batch_size)
     base, own = _base_recipe(name, files)
     given = _checked_settings(settings)
@@ -81,10 +84,12 @@ def load(
     recipe = change_recipe(base, [*own, *batches, *choice.settings])
     spec = parse_system(name, files, recipe)
     _expect_generator(spec)
-    if spec.network and (problem := chat_problem(recipe)):
-        raise ConfigError(problem)
+    if spec.network:
+        if problem := chat_problem(recipe):
+            raise ConfigError(problem)
+        _check_weights(spec.network)
     place = _device(device)
-    with _as_commands_compute(place):
+    with _as_commands_compute(place), _without_library_bars():
         encoders = Encoders(recipe.encoders, place)
         built = build_system(SystemContext(spec, recipe, encoders, (), place))
     return Model(built, spec, recipe, place)
@@ -96,7 +101,8 @@ class Model:
     An image is a function of the conversation, its key and its seed, under the settings that the
     system was loaded with: not of other images of the call, or of earlier calls. Systems of one
     latent shape draw the same noise for the same key and seed, so that their images can be
-    compared. Use a model from one thread at a time.
+    compared. Use a model from one thread at a time; on a CPU, models of several threads compute
+    one after the other.
 
     Attributes:
         recipe: All settings.
@@ -117,6 +123,7 @@ class Model:
         *,
         seed: int = ...,
         key: str | None = ...,
+        roles: Sequence[Role] = ...,
         num_steps: int | None = ...,
         guidance_scale: float | None = ...,
         on_step: OnStep | None = ...,
@@ -128,6 +135,7 @@ class Model:
         *,
         seed: Sequence[int],
         key: str | None = ...,
+        roles: Sequence[Role] = ...,
         num_steps: int | None = ...,
         guidance_scale: float | None = ...,
         on_step: OnStep | None = ...,
@@ -138,6 +146,7 @@ class Model:
         *,
         seed: int | Sequence[int] = 0,
         key: str | None = None,
+        roles: Sequence[Role] = (),
         num_steps: int | None = None,
         guidance_scale: float | None = None,
         on_step: OnStep | None = None,
@@ -146,13 +155,16 @@ class Model:
 
         Args:
             turns: The conversation, oldest turn first: `Turn`s, or their texts, by two speakers in
-                turn. With `text.format=chat` all of them are the user's.
+                turn.
             seed: Seed of the noise, 0 or more; of several, one image each, computed in batches.
             key: Keys the noise together with the seed. The key of an instance gives the image of
                 `d2i eval`; None takes the text of the conversation, as `d2i sample` does.
+            roles: For a network that reads chats (`text.format=chat`), the role of each turn: who
+                shares the image is the `assistant`; empty if all turns are the user's.
             num_steps: Steps of the sampler, for this call.
             guidance_scale: For this call.
-            on_step: Called as `on_step(step, latent)` at each step of each batch. For networks
+            on_step: Called as `on_step(step, latent)` at each step of each batch; in each batch the
+                steps count from 1. For networks
                 sampled by d2i itself, `step` is the number of the network's evaluation, from 1, and
                 `latent` the clean latents that it predicts, float32 (B, 4, h, w), unscaled, as
                 shards hold them, of the B images of the batch. For a pipeline of diffusers,
@@ -164,12 +176,13 @@ class Model:
             An RGB image, or for a list of seeds the list of theirs.
 
         Raises:
-            GenerationError: If the system gives no image, with its reason.
+            GenerationError: If the system gives no image for one of the seeds, with its reason;
+                `generate_prompts` returns those of the others.
             ConfigError: If an argument is wrong, or the system cannot take it.
             DataError: If the conversation has no text.
         """
         seeds = _seeds(seed)
-        prompt = self.prompt(turns, key)
+        prompt = self.prompt(turns, key, roles)
         found = self.generate_prompts(
             [prompt] * len(seeds),
             seeds,
@@ -180,11 +193,19 @@ class Model:
         images = [_image(generation) for generation in found]
         return images[0] if _is_number(seed) else images
 
-    def read(self, turns: Sequence[Turn] | Sequence[str]) -> Read:
+    def read(
+        self,
+        turns: Sequence[Turn] | Sequence[str],
+        *,
+        key: str | None = None,
+        roles: Sequence[Role] = (),
+    ) -> Read:
         """Return what the text encoder is given for a conversation; generates nothing.
 
         Args:
             turns: As for `generate`.
+            key: As for `generate`: with `text.roles=permuted` it decides the roles.
+            roles: As for `generate`.
 
         Raises:
             ConfigError: If the system does not tell, or the turns are not turns.
@@ -196,7 +217,7 @@ class Model:
                 "diffusers:PATH"
             )
         with _as_commands_compute(self.device):
-            return self._system.read(self.prompt(turns))
+            return self._system.read(self.prompt(turns, key, roles))
 
     def prompt(
         self,
@@ -209,16 +230,17 @@ class Model:
         Args:
             turns: As for `generate`.
             key: As for `generate`.
-            roles: The role of each turn in a chat; empty if all are the user's.
+            roles: As for `generate`.
 
         Raises:
             ConfigError: If an argument is wrong.
             DataError: If the conversation has no text.
         """
         checked = _turns(turns)
+        _check_roles(roles, len(checked))
         text = context_text(checked, self.recipe.text)
         messages = context_messages(checked, roles, self.recipe.text) if roles else ()
-        if key is not None and not (isinstance(key, str) and key):
+        if key is not None and not (isinstance(key, str) and key and _is_unicode(key)):
             raise ConfigError(f"key: got {key!r}, expected text, or None for the conversation's")
         return Prompt(text if key is None else key, checked, text, messages)
 
@@ -257,9 +279,17 @@ class Model:
 
     def _check_sampling(self, num_steps: int | None, guidance_scale: float | None) -> None:
         """Check them as the settings of the same name are."""
-        given = {"sample.num_steps": num_steps, "sample.guidance_scale": guidance_scale}
-        if changed := [f"{k}={json.dumps(v)}" for k, v in given.items() if v is not None]:
-            apply_settings(self.recipe, changed)
+        given = {"num_steps": num_steps, "guidance_scale": guidance_scale}
+        for name, value in given.items():
+            if value is None:
+                continue
+            try:
+                apply_settings(self.recipe, [f"sample.{name}={json.dumps(value)}"])
+            except ConfigError as err:
+                raise ConfigError(
+                    f"{name}: got {value!r}, which the setting sample.{name} does not take; see "
+                    "'d2i recipes show'"
+                ) from err
 
 
 def _system_name(system: str | os.PathLike[str]) -> str:
@@ -274,6 +304,24 @@ def _system_name(system: str | os.PathLike[str]) -> str:
     if is_path or (not is_named and storage.exists(storage.join(name, CONFIG_NAME))):
         return f"run:{name}"
     return name
+
+
+def _weights_name(weights: Any) -> str | None:
+    if weights is not None and not isinstance(weights, str | os.PathLike):
+        raise ConfigError(f"weights: got {weights!r}, expected a path or a name, or None")
+    return None if weights is None else os.fspath(weights)
+
+
+def _check_weights(network: BackboneConfig) -> None:
+    """Check that weights exist, before the encoders are loaded, or even downloaded."""
+    is_pipeline = presets_of(network.name).pipeline is not None
+    if not (
+        network.is_random or is_pipeline or Path(resolve_weights(str(network.weights))).exists()
+    ):
+        raise CheckpointError(
+            f"{network.weights} does not exist; expected {weights_to_fetch(network.name)}, a model "
+            "directory or a run; check the path"
+        )
 
 
 def _batch_settings(size: int | None) -> list[str]:
@@ -340,16 +388,41 @@ def _device(device: str | None) -> str:
     return str(found)
 
 
+# torch counts threads for the whole process, at least in part.
+_CPU = threading.RLock()
+
+
 @contextlib.contextmanager
 def _as_commands_compute(device: str) -> Iterator[None]:
     """Compute on a CPU with one thread, so that sums are taken in one order on every machine."""
-    num_threads = torch.get_num_threads()
-    if torch.device(device).type == "cpu":
+    if torch.device(device).type != "cpu":
+        yield
+        return
+    with _CPU:
+        num_threads = torch.get_num_threads()
         torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
+
+
+@contextlib.contextmanager
+def _without_library_bars() -> Iterator[None]:
+    """Keep the progress bars of transformers and diffusers off the user's stderr."""
+    from diffusers.utils import logging as of_diffusers
+    from transformers.utils import logging as of_transformers
+
+    shown: list[Any] = [
+        library for library in (of_diffusers, of_transformers) if library.is_progress_bar_enabled()
+    ]
+    for library in shown:
+        library.disable_progress_bar()
     try:
         yield
     finally:
-        torch.set_num_threads(num_threads)
+        for library in shown:
+            library.enable_progress_bar()
 
 
 def _weights_of(system: System, spec: SystemSpec) -> str:
@@ -374,6 +447,23 @@ def _turns(turns: Any) -> tuple[Turn, ...]:
     if not any(turn.text.strip() for turn in found):
         raise DataError("the dialog is empty; expected at least one turn with text; add one")
     return found
+
+
+def _check_roles(roles: Any, num_turns: int) -> None:
+    is_list = isinstance(roles, Sequence) and not isinstance(roles, str)
+    if not is_list or len(roles) not in (0, num_turns) or not set(roles) <= set(get_args(Role)):
+        raise ConfigError(
+            f"roles: got {roles!r} for {num_turns} turns, expected user or assistant for each, or "
+            "no role at all"
+        )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_turn(value: Any) -> bool:

@@ -133,6 +133,11 @@ def webdataset(url: str | os.PathLike[str], split: str | None = None) -> Any:
 
 def _data_set(url: str | os.PathLike[str], split: str | None) -> str:
     """Return the directory of a split."""
+    if not isinstance(url, str | os.PathLike) or not isinstance(split, str | None):
+        raise ConfigError(
+            f"got the data set {url!r} and the split {split!r}; expected a path or a URL, and a "
+            "name such as 'train', or None"
+        )
     place = os.fspath(url)
     if split is None and storage.exists(storage.join(place, MANIFEST_NAME)):
         return place

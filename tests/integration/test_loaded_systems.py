@@ -17,6 +17,7 @@ import d2i
 from d2i.cli.sample import sample
 from d2i.errors import ConfigError
 from d2i.models.model_dir import resolve_sizes
+from d2i.prompt_text import Role
 from d2i.recipes import load_recipe
 from d2i.weights_resolve import resolve_weights
 from tests.integration.evaluations import images_by_name
@@ -160,7 +161,24 @@ def test_chat_is_read_in_its_template_with_what_is_cut(tmp_path: Path) -> None:
     read = model.read(["look", "a red ball"])
     assert read.text.startswith("<|im_start|>user\nlook<|im_end|>\n<|im_start|>user\na red ball")
     assert read.cut == ""
+    assert model.read(CHAT, roles=["assistant", "user"]).text.startswith("<|im_start|>assistant")
+    by_roles = model.generate(CHAT, key="k", roles=["user", "assistant"], num_steps=2)
+    assert (pixels(by_roles) != pixels(model.generate(CHAT, key="k", num_steps=2))).any()
+    prompt = model.prompt(CHAT, "k", ["user", "assistant"])
+    (generation,) = model.generate_prompts([prompt], [0], num_steps=2)
+    np.testing.assert_array_equal(pixels(by_roles), generation.pixels)
+
     read = model.read(["first words " + "and more " * 400, "a red ball"])
     assert "a red ball<|im_end|>" in read.text
     assert read.tokens <= 512
     assert read.cut.startswith("first words and more")
+
+
+def test_key_decides_roles_that_are_permuted(tmp_path: Path) -> None:
+    save_tiny_z_image(tmp_path / "base")
+    settings = ["sample.precision=fp32", "text.format=chat", "text.roles=permuted"]
+    model = d2i.load("z-image", weights=tmp_path / "base", settings=settings)
+    roles: list[Role] = ["user", "assistant"]
+    texts = {key: model.read(CHAT, key=key, roles=roles).text for key in "abcdef"}
+    assert len(set(texts.values())) == 2
+    assert texts["a"] == model.read(CHAT, key="a", roles=roles).text

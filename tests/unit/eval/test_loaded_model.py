@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import d2i
 from d2i.dialog import Turn
@@ -121,6 +124,25 @@ def test_an_exception_of_on_step_cancels_and_leaves_the_model_usable(model: Mode
     np.testing.assert_array_equal(pixels(model.generate(CHAT)), before)
 
 
+def test_models_of_several_threads_leave_the_number_of_threads(model: Model) -> None:
+    """One begins while another computes, as in a server of several systems."""
+    num_threads, expected = torch.get_num_threads(), pixels(model.generate(CHAT))
+    begun = threading.Barrier(2)
+
+    def generate(one: Model) -> tuple[Image.Image, int, int]:
+        before = torch.get_num_threads()
+        begun.wait(30)
+        image = one.generate(CHAT)
+        return image, before, torch.get_num_threads()
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(generate, [model, d2i.load("uvit-s", weights="demo:backbone")]))
+        assert all(before == after for _, before, after in found)
+        assert pool.submit(torch.get_num_threads).result() == num_threads
+    assert torch.get_num_threads() == num_threads
+    np.testing.assert_array_equal(pixels(found[0][0]), expected)
+
+
 def test_read_tells_text_tokens_and_what_is_cut(model: Model) -> None:
     assert model.read(CHAT) == d2i.Read("# " + " # ".join(CHAT), 15, "")
     read = model.read(["The incomprehensible STORY, " * 30, "a red ball"])
@@ -186,9 +208,13 @@ def test_a_dialog_without_text_is_an_error(model: Model, turns: Any) -> None:
         ({"seed": "7"}, "seed: got '7', expected"),
         ({"key": ""}, "key: got '', expected text"),
         ({"key": 3}, "key: got 3, expected text"),
-        ({"num_steps": 0}, "sample.num_steps is 0"),
+        ({"key": "a\ud800"}, "key: got .*, expected text"),
+        ({"roles": ["user"]}, "roles: got .* for 2 turns, expected user or assistant for each"),
+        ({"roles": ["user", "system"]}, "roles: got .*, expected user or assistant for each"),
+        ({"roles": "user"}, "roles: got 'user' for 2 turns"),
+        ({"num_steps": 0}, "num_steps: got 0, which the setting sample.num_steps does not"),
         ({"num_steps": 1.5}, "num_steps: got 1.5, expected a whole number"),
-        ({"guidance_scale": 0.5}, "sample.guidance_scale is 0.5"),
+        ({"guidance_scale": 0.5}, "guidance_scale: got 0.5, which the setting"),
         ({"guidance_scale": "2"}, "guidance_scale: got '2', expected a number"),
         ({"on_step": 3}, "on_step: got 3, expected a function"),
     ],
@@ -216,6 +242,9 @@ def test_wrong_options_of_a_call_are_one_line(
         ("uvit-s", {"device": "nowhere"}, "device: got 'nowhere'"),
         ("uvit-s", {"compute_batch_size": 0}, "compute_batch_size: got 0, expected 1 or more"),
         ("uvit-s", {"weights": "demo:none"}, "no such shipped model"),
+        ("uvit-s", {"weights": 5}, "weights: got 5, expected a path or a name"),
+        # The encoders of this recipe are on the hub: the weights are missed first.
+        ("uvit-s", {"weights": "nofile.pth"}, "nofile.pth does not exist; expected mscoco_uvit"),
     ],
 )
 def test_wrong_arguments_of_load_are_one_line(

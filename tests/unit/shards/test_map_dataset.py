@@ -140,9 +140,11 @@ def test_workers_share_the_tars_of_a_stream(declared: Path) -> None:
         (DATA, None, "holds a directory for each split; expected one of train, test"),
         (DATA, "tset", "has no split 'tset'; expected one of train, test; give split='train'"),
         (DATA / "none", "test", "has no split 'test'; expected a directory that d2i preprocess"),
+        (DATA, 3, "got the data set .* and the split 3; expected a path or a URL"),
+        (None, None, "got the data set None and the split None; expected a path or a URL"),
     ],
 )
-def test_a_missing_split_is_one_line(url: Path, split: str | None, message: str) -> None:
+def test_a_missing_split_is_one_line(url: Any, split: Any, message: str) -> None:
     for read in (d2i.Dataset, d2i.webdataset):
         with pytest.raises(ConfigError, match=message):
             read(url, split)
