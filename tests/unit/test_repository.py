@@ -205,10 +205,11 @@ def test_ci_run_is_executable_and_matches_workflow() -> None:
 
 def test_release_is_the_version_of_tag_and_changelog(tmp_path: Path) -> None:
     """The steps of the workflow, run on this version: as it is, dated, and under another tag."""
-    (package, _) = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())[
-        "jobs"
-    ].values()
-    compares, dates = (step["run"] for step in package["steps"] if "name" in step)
+    workflow = yaml.safe_load((ROOT / ".github/workflows/release.yml").read_text())
+    ci, package, publish = workflow["jobs"].values()
+    assert (ci["uses"], package["needs"]) == ("./.github/workflows/ci.yml", "ci")
+    assert publish["needs"] == "package"
+    _, compares, dates = (step["run"] for step in package["steps"] if "name" in step)
     (tmp_path / "d2i").mkdir()
     shutil.copy(ROOT / "d2i" / "__init__.py", tmp_path / "d2i")
     changelog = f"## [{d2i.__version__}] - 2026-01-31\n"
