@@ -85,7 +85,7 @@ class _Lines:
 
     def __init__(self) -> None:
         self._shown = 0.0
-        self._last = ""
+        self._last = self._written = ""
 
     def wait(self, line: str) -> None:
         _write_line(line)
@@ -95,10 +95,10 @@ class _Lines:
         now = time.monotonic()
         if now - self._shown >= _SECONDS_BETWEEN_LINES:
             _write_line(self._last)
-            self._shown = now
+            self._shown, self._written = now, self._last
 
     def close(self) -> None:
-        if self._last:
+        if self._last != self._written:
             _write_line(self._last)
 
 

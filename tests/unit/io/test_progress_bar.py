@@ -93,10 +93,22 @@ def test_lines_without_terminal_are_plain() -> None:
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM + work], capture_output=True, text=True, check=True
     )
-    # One line at first, then one in five seconds, and the last one again.
+    # One line at first, then one in five seconds, and the last one.
     expected = ["Starting Ray with 2 workers …", "200/1000", "one line", "another \\x1b[2J line"]
     assert done.stderr.splitlines() == [*expected, "501/1000"]
     assert done.stdout == "result\n"
+
+
+def test_short_work_is_one_line_without_terminal() -> None:
+    work = """
+with closing(ProgressBar()) as bar:
+    bar.show(counts(1, 1))
+    bar.show(counts(1, 1))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM + work], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == "1/1\n"
 
 
 def test_rich_is_imported_on_terminal_only() -> None:
