@@ -15,7 +15,7 @@ import zlib
 from collections import Counter
 from dataclasses import dataclass
 from math import prod
-from typing import IO, Any
+from typing import IO, Any, NoReturn
 
 import numpy as np
 
@@ -191,19 +191,36 @@ def _scan(file: _HashedFile) -> _Scan:
             if member.isdir():
                 continue
             if not member.isreg() or member.issparse():
-                raise ShardError(
-                    f"{member.name!r} is a link, a device or a sparse file; expected regular files "
-                    "and directories; write the tar again with the files themselves"
-                )
+                _refuse_kind(member)
             crc32, head = file.read_member(member.offset_data, member.size)
             scan.add(member.name, Extent(member.offset_data, member.size, crc32), head)
             file.seek(tar.offset)
     return scan
 
 
+def _refuse_kind(member: tarfile.TarInfo) -> NoReturn:
+    raise ShardError(
+        f"{member.name!r} is a link, a device or a sparse file; expected regular files and "
+        "directories; write the tar again with the files themselves"
+    )
+
+
 def _opened(file: _HashedFile) -> Any:
     headers: Any = file
-    return tarfile.open(fileobj=headers, mode="r:", encoding="utf-8")
+    return tarfile.open(fileobj=headers, mode="r:", encoding="utf-8", tarinfo=_Member)
+
+
+class _Member(tarfile.TarInfo):
+    """A member whose map of a sparse file is not read: it may be of any length, or damaged."""
+
+    def _proc_sparse(self, _tar: Any) -> NoReturn:
+        _refuse_kind(self)
+
+    def _proc_gnusparse(self, member: tarfile.TarInfo, *_: Any) -> NoReturn:
+        _refuse_kind(member)
+
+    # The three versions in PAX headers.
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_gnusparse
 
 
 class _HashedFile:

@@ -339,6 +339,36 @@ def nested_attributes(path: Path) -> None:
     path.write_bytes(info.tobuf() * 20_000)
 
 
+def sparse(path: Path, attributes: dict[str, str], data: bytes) -> None:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        info = tarfile.TarInfo("a.bin")
+        info.size, info.pax_headers = len(data), attributes
+        tar.addfile(info, io.BytesIO(data))
+
+
+def sparse_map_without_end(path: Path) -> None:
+    version = {"GNU.sparse.major": "1", "GNU.sparse.minor": "0", "GNU.sparse.realsize": "1"}
+    sparse(path, version, b"99999999\n" + b"1\n" * 100_000)
+
+
+def sparse_map_in_attributes(path: Path) -> None:
+    sparse(path, {"GNU.sparse.size": "1", "GNU.sparse.map": "0,1,and so on"}, b"a")
+
+
+def sparse_map_of_pairs(path: Path) -> None:
+    sparse(path, {"GNU.sparse.size": "many"}, b"a")
+
+
+def sparse_map_of_old_gnu(path: Path) -> None:
+    """Announce more blocks of the map after each one, up to the end of the tar."""
+    info = tarfile.TarInfo("a.bin")
+    info.type = tarfile.GNUTYPE_SPARSE
+    header = bytearray(info.tobuf(tarfile.GNU_FORMAT))
+    header[482] = 1
+    header[148:156] = b"%06o\0 " % tarfile.calc_chksums(bytes(header))[0]  # type: ignore[attr-defined]
+    path.write_bytes(bytes(header) + (bytes(504) + b"\1" + bytes(7)) * 100)
+
+
 BAD_TARS: dict[Callable[[Path], None], str] = {
     truncated: "bytes before the end of a member",
     without_end: "no member and no end",
@@ -352,6 +382,10 @@ BAD_TARS: dict[Callable[[Path], None], str] = {
     not_utf8: "not UTF-8",
     giant_name: "a header of [0-9]+ bytes",
     nested_attributes: "not an intact tar",
+    sparse_map_without_end: "a sparse file; expected regular files",
+    sparse_map_in_attributes: "a sparse file; expected regular files",
+    sparse_map_of_pairs: "a sparse file; expected regular files",
+    sparse_map_of_old_gnu: "a sparse file; expected regular files",
     Path.touch: "empty file",
 }
 
