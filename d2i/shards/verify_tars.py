@@ -9,11 +9,18 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 from d2i.errors import ShardError
-from d2i.io import storage
+from d2i.io import checksums, storage
 from d2i.io.prefetch import prefetch_map
 from d2i.shards.index import IndexRow, read_index
 from d2i.shards.tar_scan import scan_tar
-from d2i.shards.tar_set import INDEX_DIRECTORY, LIST_NAME, IndexedTar, TarSet, read_tar_set
+from d2i.shards.tar_set import (
+    INDEX_DIRECTORY,
+    LIST_NAME,
+    IndexedTar,
+    TarSet,
+    list_url,
+    read_tar_set,
+)
 from d2i.shards.verify_report import ShardProblem, VerifyReport, compare_info
 from d2i.shards.writer import file_info
 
@@ -40,7 +47,7 @@ def verify_tars(
         tars = read_tar_set(url)
     except (ShardError, OSError) as err:
         return VerifyReport(0, 0, (ShardProblem(_LIST, "manifest", str(err)),))
-    problems = _unlisted(url, tars)
+    problems = [*_unsummed(url), *_unlisted(url, tars)]
     checks = prefetch_map(partial(_check, url), tars.shards, num_threads)
     for done, found in enumerate(checks, start=1):
         problems += found
@@ -48,6 +55,14 @@ def verify_tars(
             on_progress(done, len(tars.shards))
     problems.sort(key=lambda problem: (problem.file, problem.reason))
     return VerifyReport(len(tars.shards), tars.num_samples, tuple(problems))
+
+
+def _unsummed(url: str) -> list[ShardProblem]:
+    """Name the checksum of the list if it is gone: nothing else tells whether that changed."""
+    if storage.exists(checksums.checksum_url(list_url(url))):
+        return []
+    detail = f"the sha256 of the list is not there; run `d2i index {url}` again"
+    return [ShardProblem(_LIST + checksums.SUFFIX, "missing", detail)]
 
 
 def _unlisted(url: str, tars: TarSet) -> list[ShardProblem]:

@@ -22,6 +22,7 @@ import webdataset as wds
 import wids
 
 from d2i.errors import ConfigError, ShardError
+from d2i.io import checksums
 from d2i.shards import ShardReader, index_tars, verify, write_manifest, write_shard
 from d2i.shards.tar_scan import npy_array_info, split_name
 from tests.processes import run_d2i, run_process
@@ -260,6 +261,13 @@ def test_damage_of_the_index_is_found(tars: Path) -> None:
     assert verify(str(tars)).ok
     index.unlink()
     assert problems(tars) == {("d2i-index/part.1.arrow", "missing")}
+    index_tars(str(tars))
+    listed.with_name("shards.json.sha256").unlink()
+    (found,) = verify(str(tars)).problems
+    assert (found.file, found.reason) == ("d2i-index/shards.json.sha256", "missing")
+    assert f"run `d2i index {tars}` again" in found.detail
+    index_tars(str(tars))
+    assert verify(str(tars)).ok
 
 
 def test_an_index_of_other_offsets_is_found_though_its_checksums_fit(tars: Path) -> None:
@@ -274,8 +282,7 @@ def test_an_index_of_other_offsets_is_found_though_its_checksums_fit(tars: Path)
     for field in ("index_file", "suffixes", "arrays"):
         listed["shardlist"][1][field] = theirs[field]
     text = json.dumps(listed, sort_keys=True, indent=1) + "\n"
-    (tars / "d2i-index" / "shards.json").write_text(text)
-    (tars / "d2i-index" / "shards.json.sha256").unlink()
+    checksums.write_bytes(str(tars / "d2i-index" / "shards.json"), text.encode())
     (tars / "d2i-index" / "part.1.arrow").write_bytes(forged)
     assert problems(tars) == {("d2i-index/part.1.arrow", "index")}
 
