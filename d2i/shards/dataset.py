@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from d2i.dialog import SPLITS
-from d2i.errors import ConfigError
+from d2i.errors import ConfigError, ShardError
 from d2i.io import storage
-from d2i.shards.commit import COMMIT_SUFFIX
-from d2i.shards.manifest import CHECKSUM_NAME, MANIFEST_NAME
+from d2i.shards.commit import COMMIT_SUFFIX, parse_record
+from d2i.shards.manifest import CHECKSUM_NAME, MANIFEST_NAME, Manifest
 from d2i.shards.tar_set import list_url
 
 
@@ -24,20 +24,41 @@ def data_set_url(data_url: str, split: str) -> str:
 
 def is_indexed(url: str) -> bool:
     """Return whether a directory holds tars that `d2i index` has listed, and no prepared data."""
-    return storage.exists(list_url(url)) and not storage.exists(storage.join(url, MANIFEST_NAME))
+    return storage.exists(list_url(url)) and not is_prepared(url)
+
+
+def is_prepared(url: str) -> bool:
+    """Return whether `d2i preprocess` made the data of a directory, finished or not, or damaged.
+
+    A `manifest.json` alone tells it only if it is one of d2i's: others use that name, too.
+    """
+    names = storage.list_names(url)
+    if any(name == CHECKSUM_NAME or name.endswith(COMMIT_SUFFIX) for name in names):
+        return True
+    return storage.exists(storage.join(url, "plan", "plan.json")) or (
+        MANIFEST_NAME in names and _is_manifest(storage.join(url, MANIFEST_NAME))
+    )
 
 
 def find_data_sets(directory: str) -> list[str]:
     """Return the directory itself if it is a data set, else the splits below it.
 
     A data set that lost its manifest, or never had one, counts too, so that it is not skipped; and
-    so do tars that `d2i index` has listed.
+    so do tars that `d2i index` has listed, and without these any `manifest.json`, which may be a
+    damaged one.
 
     Raises:
         ConfigError: If there is none.
     """
-    prepared = find_prepared(directory)
-    found = [url for url in _places(directory) if url in prepared or is_indexed(url)]
+    places = [directory, *(storage.join(directory, split) for split in SPLITS)]
+    indexed = [url for url in places if is_indexed(url)]
+    found = [
+        url
+        for url in places
+        if url in indexed
+        or is_prepared(url)
+        or (not indexed and storage.exists(storage.join(url, MANIFEST_NAME)))
+    ]
     if found:
         return found
     if any(name.endswith(".tar") for name in storage.list_names(directory)):
@@ -51,20 +72,9 @@ def find_data_sets(directory: str) -> list[str]:
     )
 
 
-def find_prepared(directory: str) -> list[str]:
-    """Return the data sets that `d2i preprocess` made: the directory itself, or the splits in it.
-
-    Returns:
-        Their URLs, also of data sets without a manifest; empty if there is none.
-    """
-    return [url for url in _places(directory) if _is_prepared(url)]
-
-
-def _places(directory: str) -> list[str]:
-    return [directory, *(storage.join(directory, split) for split in SPLITS)]
-
-
-def _is_prepared(url: str) -> bool:
-    names = storage.list_names(url)
-    is_made = any(n in (MANIFEST_NAME, CHECKSUM_NAME) or n.endswith(COMMIT_SUFFIX) for n in names)
-    return is_made or storage.exists(storage.join(url, "plan", "plan.json"))
+def _is_manifest(url: str) -> bool:
+    try:
+        parse_record(Manifest, storage.read_bytes(url), url)
+    except ShardError:
+        return False
+    return True

@@ -12,7 +12,7 @@ from functools import partial
 from d2i.errors import ConfigError
 from d2i.io import checksums, storage
 from d2i.io.prefetch import prefetch_map
-from d2i.shards.dataset import find_prepared
+from d2i.shards.dataset import is_prepared
 from d2i.shards.index import index_bytes
 from d2i.shards.tar_scan import ScannedTar, scan_tar
 from d2i.shards.tar_set import (
@@ -94,10 +94,9 @@ def describe_tar(name: str, found: ScannedTar, index_data: bytes) -> IndexedTar:
 
 
 def _tar_names(url: str) -> list[str]:
-    prepared = find_prepared(url)
-    if prepared:
+    if is_prepared(url):
         raise ConfigError(
-            f"{prepared[0]} was made by d2i preprocess, which indexes its shards itself; expected "
+            f"{url} was made by d2i preprocess, which indexes its shards itself; expected "
             f"tars that d2i did not write; run `d2i verify {url}`"
         )
     listed = storage.list_names(url)

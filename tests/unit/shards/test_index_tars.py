@@ -23,7 +23,15 @@ import wids
 
 from d2i.errors import ConfigError, ShardError
 from d2i.io import checksums
-from d2i.shards import ShardReader, index_tars, verify, write_manifest, write_shard
+from d2i.shards import (
+    ShardReader,
+    find_data_sets,
+    index_tars,
+    is_indexed,
+    verify,
+    write_manifest,
+    write_shard,
+)
 from d2i.shards.tar_scan import npy_array_info, split_name
 from tests.processes import run_d2i, run_process
 from tests.unit.shards import test_layout, test_shards
@@ -472,7 +480,7 @@ def test_directories_that_are_not_plain_tars_are_refused(tmp_path: Path) -> None
         directory.mkdir()
     (compressed / "a.tar.gz").touch()
     for directory, expected in (
-        (prepared, "was made by d2i preprocess.*run `d2i verify"),
+        (prepared, "has no .tar file; .* not in directories below it"),
         (prepared / "train", "was made by d2i preprocess.*run `d2i verify"),
         (compressed, "compressed tars, such as a.tar.gz.*decompress"),
         (empty, "has no .tar file"),
@@ -481,6 +489,36 @@ def test_directories_that_are_not_plain_tars_are_refused(tmp_path: Path) -> None
         with pytest.raises(ConfigError, match=expected):
             index_tars(str(directory))
     assert not list(tmp_path.rglob("d2i-index"))
+
+
+@pytest.mark.parametrize("lost", [(), ("*.sha256", "*.commit.json"), ("manifest.json*",)])
+def test_tars_of_d2i_are_refused_by_any_of_its_files(lost: Sequence[str], tmp_path: Path) -> None:
+    test_shards.make_data(tmp_path / "data", 1)
+    for path in [path for pattern in lost for path in (tmp_path / "data").glob(pattern)]:
+        path.unlink()
+    with pytest.raises(ConfigError, match="data was made by d2i preprocess"):
+        index_tars(str(tmp_path / "data"))
+
+
+@pytest.mark.parametrize("content", ["{}", "no JSON", '{"shards": [{"name": "part.0"}]}'])
+@pytest.mark.parametrize("place", ["manifest.json", "train/manifest.json"])
+def test_a_manifest_of_others_changes_nothing(place: str, content: str, tars: Path) -> None:
+    index_tars(str(tars))
+    (tars / place).parent.mkdir(exist_ok=True)
+    (tars / place).write_text(content)
+    assert is_indexed(str(tars))
+    assert find_data_sets(str(tars)) == [str(tars)]
+    assert verify(str(tars)).ok
+    assert len(ShardReader(str(tars))) == 5
+    before = contents(tars)
+    index_tars(str(tars))
+    assert contents(tars) == before
+
+
+def test_prepared_splits_below_indexed_tars_are_found(tars: Path) -> None:
+    test_shards.make_data(tars / "train", 1)
+    index_tars(str(tars))
+    assert find_data_sets(str(tars)) == [str(tars), str(tars / "train")]
 
 
 def test_remote_tars_are_read_through_the_cache(tars: Path, tmp_path: Path) -> None:
