@@ -7,7 +7,7 @@ from d2i.errors import ConfigError, ShardError
 from d2i.io import storage
 from d2i.shards.commit import COMMIT_SUFFIX, parse_record
 from d2i.shards.manifest import CHECKSUM_NAME, MANIFEST_NAME, Manifest
-from d2i.shards.tar_set import list_url
+from d2i.shards.tar_set import is_tar_name, list_url
 
 
 def split_url(data_url: str, split: str) -> str | None:
@@ -61,7 +61,7 @@ def find_data_sets(directory: str) -> list[str]:
     ]
     if found:
         return found
-    if any(name.endswith(".tar") for name in storage.list_names(directory)):
+    if any(is_tar_name(name) for name in storage.list_names(directory)):
         raise ConfigError(
             f"{directory} has tars, but neither a manifest.json nor an index; expected a directory "
             f"made by d2i preprocess, or indexed; for tars of others run `d2i index {directory}`"

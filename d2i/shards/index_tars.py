@@ -21,6 +21,7 @@ from d2i.shards.tar_set import (
     TarLayout,
     TarSet,
     index_name,
+    is_tar_name,
     list_url,
 )
 from d2i.shards.writer import file_info
@@ -106,7 +107,13 @@ def _tar_names(url: str) -> list[str]:
             f"{url} holds {len(compressed)} compressed tars, such as {compressed[0]}; expected "
             "plain ones: nothing inside a compressed tar can be reached directly; decompress them"
         )
-    names = [name for name in listed if name.endswith(".tar") and len(name) > len(".tar")]
+    names = [name for name in listed if is_tar_name(name)]
+    capitals = [name for name in names if not name.endswith(".tar")]
+    if capitals:
+        raise ConfigError(
+            f"{url} holds {capitals[0]}; expected names of tars that end in .tar, in lower case; "
+            "rename it to .tar"
+        )
     if not names:
         raise ConfigError(
             f"{url} has no .tar file; expected WebDataset tars in it, not in directories below it; "

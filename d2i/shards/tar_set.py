@@ -165,6 +165,11 @@ def index_name(tar_name: str) -> str:
     return f"{INDEX_DIRECTORY}/{tar_name.removesuffix('.tar')}.arrow"
 
 
+def is_tar_name(name: str) -> bool:
+    """Return whether a file is named like a tar; `d2i index` refuses `.TAR`, to not skip it."""
+    return name.lower().endswith(".tar") and len(name) > len(".tar")
+
+
 def list_url(url: str) -> str:
     """Return the URL of the list of a directory's tars."""
     return storage.join(url, INDEX_DIRECTORY, LIST_NAME)

@@ -18,6 +18,7 @@ from d2i.shards.tar_set import (
     LIST_NAME,
     IndexedTar,
     TarSet,
+    is_tar_name,
     list_url,
     read_tar_set,
 )
@@ -67,9 +68,13 @@ def _unsummed(url: str) -> list[ShardProblem]:
 
 def _unlisted(url: str, tars: TarSet) -> list[ShardProblem]:
     listed = {tar.tar_name for tar in tars.shards}
-    names = [name for name in storage.list_names(url) if name.endswith(".tar")]
-    detail = f"not in the index; run `d2i index {url}` to add it"
-    return [ShardProblem(name, "unlisted", detail) for name in names if name not in listed]
+    names = [name for name in storage.list_names(url) if is_tar_name(name) and name not in listed]
+    return [ShardProblem(name, "unlisted", _how_to_add(url, name)) for name in names]
+
+
+def _how_to_add(url: str, name: str) -> str:
+    first = "" if name.endswith(".tar") else "rename it to .tar, and "
+    return f"not in the index; {first}run `d2i index {url}` to add it"
 
 
 def _check(url: str, tar: IndexedTar) -> list[ShardProblem]:

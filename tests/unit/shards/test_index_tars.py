@@ -491,6 +491,16 @@ def test_directories_that_are_not_plain_tars_are_refused(tmp_path: Path) -> None
     assert not list(tmp_path.rglob("d2i-index"))
 
 
+def test_tars_with_a_suffix_in_capitals_are_not_skipped(tars: Path) -> None:
+    index_tars(str(tars))
+    (tars / "part.1.tar").rename(tars / "part.1.TAR")
+    (unlisted,) = [p for p in verify(str(tars)).problems if p.reason == "unlisted"]
+    assert unlisted.file == "part.1.TAR"
+    assert f"rename it to .tar, and run `d2i index {tars}`" in unlisted.detail
+    with pytest.raises(ConfigError, match=r"holds part\.1\.TAR; .*rename it to .tar"):
+        index_tars(str(tars))
+
+
 @pytest.mark.parametrize("lost", [(), ("*.sha256", "*.commit.json"), ("manifest.json*",)])
 def test_tars_of_d2i_are_refused_by_any_of_its_files(lost: Sequence[str], tmp_path: Path) -> None:
     test_shards.make_data(tmp_path / "data", 1)
