@@ -171,8 +171,17 @@ class ShardReader:
             IndexError: If the index is out of range.
             ShardError: If the bytes do not match their checksum or are not a JSON object.
         """
-        data = self._read_member(index, ("json",)) or b""
-        return _any_json(data) if isinstance(self._content, TarSet) else check_json(data)
+        data = self._read_member(index, ("json",))
+        if not isinstance(self._content, TarSet):
+            return check_json(data or b"")
+        value = _json_object(data or b"")
+        if value is None:
+            found = "no json member" if data is None else "a json member that is no JSON object"
+            raise ShardError(
+                f"sample {self.keys[index]!r} of {self._tar_url(index)} has {found}; expected an "
+                "object; read_members has the bytes of its members"
+            )
+        return value
 
     def read_image(self, index: int) -> bytes | None:
         """Read one sample's image as its source bytes, or None if they were not kept.
@@ -270,6 +279,10 @@ class ShardReader:
             suffix = next((suffix for suffix in suffixes if suffix in found.extents), None)
             return _checked(shard, found, suffix) if suffix else None
 
+    def _tar_url(self, index: int) -> str:
+        number, _ = _locate(self._starts, index)
+        return storage.join(self.url, self._content.shards[number].tar_name)
+
     def _wrap_errors(self, number: int) -> AbstractContextManager[None]:
         return wrap_errors(self.url, self._content.shards[number])
 
@@ -318,14 +331,12 @@ def _read_content(url: str) -> Manifest | TarSet:
         raise
 
 
-def _any_json(data: bytes) -> dict[str, Any]:
+def _json_object(data: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(data)
-    except (ValueError, RecursionError) as err:
-        raise ShardError("the sample has no json member, or one that is not JSON") from err
-    if not isinstance(value, dict):
-        raise ShardError("the json member is not an object; read_members has its bytes")
-    return cast("dict[str, Any]", value)
+    except (ValueError, RecursionError):
+        return None
+    return cast("dict[str, Any]", value) if isinstance(value, dict) else None
 
 
 def _locate(starts: Sequence[int], position: int) -> tuple[int, int]:

@@ -60,7 +60,7 @@ class LocalCopies:
         Of all that map it at the same time, only the first reads it whole to verify it.
 
         Raises:
-            ShardError: If the fetched file is not the one in the manifest.
+            ShardError: If the fetched file does not match its recorded sha256.
             FileNotFoundError: If the data set lacks it.
         """
         copy = copy_name(name, info)
@@ -126,9 +126,7 @@ class LocalCopies:
             storage.download(storage.join(self._url, name), scratch)
             with scratch.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
-                    raise ShardError(
-                        f"{name}, as fetched, does not match the sha256 in the manifest"
-                    )
+                    raise ShardError(f"{name}, as fetched, does not match its recorded sha256")
             # No fsync: damage by a power failure is found when the copy is mapped next.
             scratch.replace(self._path(copy))
         finally:

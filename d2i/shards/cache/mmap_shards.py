@@ -27,6 +27,7 @@ from d2i.shards.layout import ArrayInfo
 from d2i.shards.sample import NPY_HEADER_SIZE_BYTES, array_size_bytes, npy_header
 from d2i.shards.tar import BLOCK_SIZE_BYTES
 from d2i.shards.tar import header_form as tar_header_form
+from d2i.shards.tar_set import INDEX_DIRECTORY, LIST_NAME
 
 
 class ForkSafeShards:
@@ -315,7 +316,8 @@ def open_index(commit: ShardRecord, index_file: Any) -> Index:
         ShardError: If its sha256 differs, or it is not a valid index.
     """
     if hashlib.sha256(index_file).hexdigest() != commit.index_file.sha256:
-        raise ShardError("the index does not match the sha256 in the manifest")
+        record = "the manifest" if commit.layout.is_canonical else f"{INDEX_DIRECTORY}/{LIST_NAME}"
+        raise ShardError(f"the index does not match the sha256 in {record}")
     return decode_index(commit, index_file)
 
 

@@ -257,7 +257,7 @@ def test_damage_of_the_index_is_found(tars: Path) -> None:
     for place in range(0, index.stat().st_size, 199):
         flip(index, place)
         assert ("d2i-index/part.1.arrow", "sha256") in problems(tars)
-        with pytest.raises(ShardError, match="does not match the sha256"):
+        with pytest.raises(ShardError, match=r"sha256 in d2i-index/shards\.json"):
             ShardReader(str(tars)).read([4])
         flip(index, place)
     for place in range(0, listed.stat().st_size, 199):
@@ -436,6 +436,18 @@ def test_keys_may_repeat_in_other_tars_only(tmp_path: Path) -> None:
     assert list(reader.keys) == ["0", "0"]
 
 
+def test_a_sample_without_json_object_is_named(tmp_path: Path) -> None:
+    members = [("0.json", b"[1]"), ("1.json", b""), ("2.json", b"{"), ("3.txt", b"{}")]
+    write_tar(tmp_path / "a.tar", members)
+    index_tars(str(tmp_path))
+    reader = ShardReader(str(tmp_path))
+    for position in range(4):
+        found = "no json member" if position == 3 else "a json member that is no JSON object"
+        expected = f"sample '{position}' of {tmp_path}/a.tar has {found}; .*read_members has the"
+        with pytest.raises(ShardError, match=expected):
+            reader.read_json(position)
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -548,6 +560,9 @@ def test_remote_tars_are_read_through_the_cache(tars: Path, tmp_path: Path) -> N
     assert list(reader.keys) == list(local.keys)
     assert reader.read_members(3) == local.read_members(3)
     assert verify(url).ok
+    store.pipe_file(f"{url}/part.1.tar", b"another")
+    with pytest.raises(ShardError, match=r"part\.1\.tar, as fetched, .* its recorded sha256"):
+        ShardReader(url, cache_dir=tmp_path / "empty").read([4])
 
 
 def test_reader_of_indexed_tars_is_picklable(tars: Path) -> None:
