@@ -48,7 +48,10 @@ def index(
         f"members: {', '.join(tars.suffixes) or 'none'}; arrays: {arrays or 'none'}",
     ]
     if done.num_other_files:
-        lines.append(f"{done.num_other_files} files belong to no sample: no suffix, or hidden")
+        lines += [
+            f"{done.num_other_files} files belong to no sample: no suffix, or hidden",
+            "wids counts those with a dot in their path as samples: then its numbers differ",
+        ]
     lines.append(f"next: d2i verify {directory}")
     result = {
         "num_samples": tars.num_samples,

@@ -1,7 +1,8 @@
 """One pass over a tar that d2i did not write: its samples, their members, its checksums.
 
-Members are grouped as webdataset groups them. The tar is untrusted: nothing in it is followed,
-unpickled or held in memory whole. Must not import torch or ray.
+Members are grouped as webdataset groups them, except that files hidden in a directory and names
+that end in a dot belong to no sample. The tar is untrusted: nothing in it is followed, unpickled or
+held in memory whole. Must not import torch or ray.
 """
 
 from __future__ import annotations

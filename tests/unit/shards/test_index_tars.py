@@ -199,6 +199,38 @@ def test_wids_reads_the_list_of_tars(tars: Path, monkeypatch: pytest.MonkeyPatch
             assert sample[f".{suffix}"].read() == data
 
 
+WITH_OTHER_FILES = [
+    ("__meta__/info.json", b"{}"),
+    ("._0.txt", b"of macOS"),
+    ("0.txt", b"zero"),
+    ("1.txt", b"one"),
+]
+
+
+def test_wids_counts_files_of_no_sample_and_the_command_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WIDS_CACHE", str(tmp_path / "cache"))
+    write_tar(tmp_path / "a.tar", WITH_OTHER_FILES)
+    said = run_process("index", tmp_path).stdout
+    assert "2 files belong to no sample" in said
+    assert "wids counts those with a dot in their path as samples" in said
+    reader = ShardReader(str(tmp_path))
+    assert list(reader.keys) == [s["__key__"] for s in stream_of(tmp_path)] == ["0", "1"]
+    theirs = wids.ShardListDataset(
+        str(tmp_path / "d2i-index" / "shards.json"), transformations=[], keep=True
+    )
+    assert [theirs[place]["__key__"] for place in range(len(theirs))] == ["__meta__/info", ""]
+
+
+def test_webdataset_makes_samples_of_two_kinds_of_other_files(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("d/._0.txt", b"hidden"), ("0.txt", b"zero"), ("a.", b"dot")])
+    assert index_tars(str(tmp_path)).num_other_files == 2
+    assert list(ShardReader(str(tmp_path)).keys) == ["0"]
+    theirs = [(sample["__key__"], members_of(sample)) for sample in stream_of(tmp_path)]
+    assert theirs == [("d/", {"_0.txt": b"hidden"}), ("0", {"txt": b"zero"}), ("a", {"": b"dot"})]
+
+
 def problems(directory: Path) -> set[tuple[str, str]]:
     return {(p.file, p.reason) for p in verify(str(directory)).problems}
 
