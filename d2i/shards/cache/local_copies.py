@@ -126,7 +126,9 @@ class LocalCopies:
             storage.download(storage.join(self._url, name), scratch)
             with scratch.open("rb") as file:
                 if hashlib.file_digest(file, "sha256").hexdigest() != info.sha256:
-                    raise ShardError(f"{name}, as fetched, does not match its recorded sha256")
+                    raise ShardError(
+                        f"{name}, as fetched, does not match the sha256 recorded of it"
+                    )
             # No fsync: damage by a power failure is found when the copy is mapped next.
             scratch.replace(self._path(copy))
         finally:
