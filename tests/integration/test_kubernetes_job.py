@@ -66,7 +66,8 @@ def test_preempted_pods_resume_bit_exactly(tmp_path: Path) -> None:
     # Kubernetes takes one node away, and signals the pod on it.
     second.send_signal(signal.SIGTERM)
     codes = [first.wait(120), second.wait(120)]
-    assert all(codes), "Kubernetes would take a pod that ends with 0 for finished"
+    # Kubernetes would take a pod that ends with 0 for finished, and count any other code.
+    assert codes == [75, 75], log.read_text()[-3000:]
     assert (run / "stopped.json").exists()
     assert not (run / "ema.safetensors").exists()
     pods = start_pods(data, run, log)

@@ -218,6 +218,44 @@ def test_training_job_names_its_nodes_and_ranks_once(document: dict[str, Any]) -
     assert pod["subdomain"] == service["metadata"]["name"]
     ((init,),) = [container["args"] for container in pod["initContainers"]]
     parse_d2i(init)
+    # What only an evaluation computes with.
+    assert init.endswith("--set metrics.extractor=clip --set metrics.clip_text=null")
+
+
+@pytest.mark.parametrize("document", of_kind("Job"))
+def test_training_job_does_not_count_stopped_pods_as_failed(document: dict[str, Any]) -> None:
+    job, (container,) = document["spec"], job_template(document)["spec"]["containers"]
+    script = container["args"][0]
+    assert script.splitlines()[-1] == 'test ! -e "$RUN/stopped.json" || exit 75'
+    for rule in job["podFailurePolicy"]["rules"]:
+        assert rule["action"] == "Ignore"
+    stopped = job["podFailurePolicy"]["rules"][0]["onExitCodes"]
+    assert stopped == {"containerName": container["name"], "operator": "In", "values": [75]}
+
+
+@pytest.mark.parametrize("document", of_kind("Job"))
+def test_training_job_waits_for_late_nodes(document: dict[str, Any]) -> None:
+    from torch.distributed.elastic.rendezvous import RendezvousParameters
+    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import create_rdzv_handler
+    from torch.distributed.run import config_from_args, parse_args
+
+    (container,) = job_template(document)["spec"]["containers"]
+    command = container["args"][0].replace("\\\n", " ").split(" &\n")[0]
+    config, _, _ = config_from_args(
+        parse_args(shlex.split(command.replace("$JOB_COMPLETION_INDEX", "0"))[1:])
+    )
+    parameters = RendezvousParameters(
+        config.rdzv_backend, "127.0.0.1:29500", config.run_id, 2, 2, **config.rdzv_configs
+    )
+    handler: Any = create_rdzv_handler(parameters)
+    assert handler.timeout.total_seconds() == 7200
+
+
+@pytest.mark.parametrize("path", KUBERNETES, ids=name)
+def test_caches_are_on_the_shared_volume(path: Path) -> None:
+    caches = re.findall(r"\{name: (HF_HOME|TORCH_HOME), value: (\S+)/\w+\}", path.read_text())
+    expected = [] if path.stem == "access" else ["HF_HOME", "TORCH_HOME"]
+    assert caches == [(cache, "/srv/d2i") for cache in expected]
 
 
 @pytest.mark.parametrize("path", LAUNCHER, ids=name)
