@@ -70,6 +70,23 @@ def wait_for_nodes(num_nodes: int, wait_s: float) -> list[Node]:
     return nodes
 
 
+def wait_for_worker_node(wait_s: float) -> bool:
+    """Wait up to `wait_s` seconds for a node with room for workers; return whether there is one."""
+    deadline = time.monotonic() + wait_s
+    while not any(node.num_cpus or node.num_gpus for node in list_nodes()):
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(_TICK_S)
+    return True
+
+
+def dead_node_ids() -> set[str]:
+    """Return Ray's IDs of the nodes that have left the cluster of the open session."""
+    import ray
+
+    return {row["NodeID"] for row in ray.nodes() if not row["Alive"]}
+
+
 def run_on_each_node(
     nodes: Sequence[Node], question: Callable[[Node], AnswerT], timeout_s: float
 ) -> Iterator[NodeResult[AnswerT]]:

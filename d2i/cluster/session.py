@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Literal, Self, TypeVar
 
 from d2i.cluster.actors import ResourceRequest, actor_size, num_cluster_cores, num_workers_of
-from d2i.cluster.nodes import list_nodes
+from d2i.cluster.nodes import list_nodes, wait_for_worker_node
 from d2i.cluster.pipeline import Consumer, Producer, pipeline_here, pipeline_on_ray
 from d2i.cluster.pool import Worker, map_here, map_on_ray
 from d2i.cluster.shared_actor import JobFault, SharedActor, create_remote
@@ -27,6 +27,8 @@ ResultT = TypeVar("ResultT")
 ObjectT = TypeVar("ObjectT")
 
 _CONNECT_TIMEOUT_S = 10.0
+# A GPU node may take this long to start and to pull its image.
+_WORKER_NODE_TIMEOUT_S = 1800.0
 # Longest socket path on Linux, and what Ray appends to its directory: the session's name with time
 # and process, and /sockets/plasma_store.
 _MAX_SOCKET_BYTES, _SOCKET_BYTES = 107, 67
@@ -85,6 +87,7 @@ class Session:
         self._on_start = on_start
         self._fault, self._num_producers = fault, num_producers
         self._has_started_ray = False
+        self._had_worker_node = False
 
     def __enter__(self) -> Self:
         return self
@@ -130,7 +133,8 @@ class Session:
             size: Resources of one worker: a core, and an accelerator if there are any.
 
         Raises:
-            ClusterError: If Ray cannot start or be reached, or a worker keeps dying.
+            ClusterError: If Ray cannot start or be reached, or has no node for workers in half an
+                hour, or a worker keeps dying.
             D2IError: Any that a task raised for the user to fix.
         """
         if not tasks:
@@ -138,7 +142,7 @@ class Session:
         if not self._uses_ray:
             yield from map_here(build_worker, tasks)
             return
-        self.start()
+        self._start_with_worker_node()
         actors = actor_size(size or ResourceRequest())
         yield from map_on_ray(build_worker, tasks, actors, self._num_workers)
 
@@ -160,7 +164,8 @@ class Session:
             on_wait: Called about once a second, or between two blocks without Ray.
 
         Raises:
-            ClusterError: If Ray cannot start or be reached, or workers keep dying.
+            ClusterError: If Ray cannot start or be reached, or has no node for workers in half an
+                hour, or workers keep dying.
             D2IError: Any that a task raised for the user to fix.
         """
         if not tasks:
@@ -168,7 +173,7 @@ class Session:
         if not self._uses_ray:
             yield from pipeline_here(build_producer, build_consumer, tasks, on_wait)
             return
-        self.start()
+        self._start_with_worker_node()
         yield from pipeline_on_ray(
             build_producer,
             build_consumer,
@@ -195,10 +200,11 @@ class Session:
         """Return what the work gets. Joins a cluster, but does not start Ray on this machine.
 
         Raises:
-            ClusterError: If the cluster cannot be reached.
+            ClusterError: If the cluster cannot be reached, or has no node for workers in half an
+                hour.
         """
-        if self._ray_address is not None:
-            self.start()
+        if self._ray_address is not None and not self._had_worker_node:
+            self._start_with_worker_node()
         if not self._uses_ray or not _is_ray_running():
             return _local_capacity(self._num_workers)
         nodes, size = list_nodes(), actor_size(ResourceRequest())
@@ -211,9 +217,10 @@ class Session:
         """Return the cores of all nodes, or 1 without Ray.
 
         Raises:
-            ClusterError: If Ray cannot start or be reached.
+            ClusterError: If Ray cannot start or be reached, or has no node for workers in half an
+                hour.
         """
-        self.start()
+        self._start_with_worker_node()
         return num_cluster_cores() if self._uses_ray else 1
 
     @cached_property
@@ -225,6 +232,28 @@ class Session:
         """Trigger the injected fault at a point that only the driver passes."""
         if self._fault:
             self._fault.trigger_at(point)
+
+    def _start_with_worker_node(self) -> None:
+        """Start or join Ray; on a cluster, wait for a first node that has room for workers.
+
+        Whether it has accelerators decides for the whole job whether the workers use any.
+        """
+        self.start()
+        if self._ray_address is not None and self._uses_ray:
+            self._wait_for_worker_node(self._ray_address)
+            self._had_worker_node = True
+
+    def _wait_for_worker_node(self, address: str) -> None:
+        if wait_for_worker_node(0.0):
+            return
+        minutes = _WORKER_NODE_TIMEOUT_S / 60
+        self._on_start(f"Waiting up to {minutes:.0f} minutes for a first worker node …")
+        if not wait_for_worker_node(_WORKER_NODE_TIMEOUT_S):
+            raise ClusterError(
+                f"the Ray cluster at {address} has no node with cores or accelerators "
+                f"after {minutes:.0f} minutes; expected at least one worker node; start some, or "
+                "see 'd2i cluster check'"
+            )
 
     @property
     def _uses_ray(self) -> bool:
