@@ -135,6 +135,11 @@ class _WorkerActor:
         self._build_worker = build_worker
         self._worker: Any = None
 
+    def node_id(self) -> str:
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
+
     def build(self) -> None:
         self._worker = self._build_worker()
 

@@ -99,7 +99,7 @@ def pipeline_on_ray(
         D2IError: Any that a task raised for the user to fix.
     """
     size = actor_size(ResourceRequest())
-    fitting = _num_workers(num_consumers, num_producers, size, len(tasks))
+    fitting = _num_workers(num_consumers, num_producers, size, len(tasks), num_built=0)
     # Built right away, so that their errors show before producers have run for hours.
     consumers = ActorPool(build_consumer, size, fitting.consumers)
     producers = ActorPool(build_producer, _PRODUCER_SIZE, fitting.producers)
@@ -112,7 +112,13 @@ def pipeline_on_ray(
             check_own_node()
         if time.monotonic() >= next_tick:
             on_wait()
-            fitting = _num_workers(num_consumers, num_producers, size, scheduler.num_left)
+            fitting = _num_workers(
+                num_consumers,
+                num_producers,
+                size,
+                scheduler.num_left,
+                num_built=consumers.num_workers,
+            )
             consumers.grow(fitting.consumers)
             producers.grow(fitting.producers)
             next_tick = time.monotonic() + _TICK_S
@@ -128,10 +134,18 @@ class _NumWorkers(NamedTuple):
 
 
 def _num_workers(
-    num_consumers: int | None, num_producers: int | None, size: ActorSize, num_tasks: int
+    num_consumers: int | None,
+    num_producers: int | None,
+    size: ActorSize,
+    num_tasks: int,
+    *,
+    num_built: int,
 ) -> _NumWorkers:
-    """Return how many workers of each stage fit the cluster as it is now, and have a task."""
-    consumers = min(num_workers_of(num_consumers, size), num_tasks)
+    """Return how many workers of each stage fit the cluster as it is now, and have a task.
+
+    The consumers that there are, `num_built`, occupy their cores also without a task.
+    """
+    consumers = max(min(num_workers_of(num_consumers, size), num_tasks), num_built)
     if num_producers is None:
         idle_cores = max(1, num_cluster_cores() - consumers)
         num_producers = idle_cores if size.num_gpus else consumers
@@ -214,7 +228,7 @@ class _PipelineScheduler:
             result_of(generator.completed())
         except ray.exceptions.RayActorError as err:
             # Ray itself would go on with the block after the last, but the order may differ.
-            self._producers.restart_worker(stream.number, err)
+            self._producers.restart_worker(stream.number, stream.actor, err)
             self._waiting.append(stream.number)
         else:
             self._producers.idle.append(stream.actor)
@@ -228,14 +242,14 @@ class _PipelineScheduler:
             result = result_of(reference)
         except ray.exceptions.RayActorError as err:
             # Its blocks are still there, for the next idle consumer.
-            self._consumers.restart_worker(stream.number, err)
+            self._consumers.restart_worker(stream.number, actor, err)
             self._produced.appendleft(stream)
             return
         except ray.exceptions.RayTaskError as err:
             if not isinstance(err.cause, ray.exceptions.ObjectLostError):
                 raise
             # The node that held its blocks is gone.
-            self._producers.record_failure(stream.number, err)
+            self._producers.record_failure(stream.number, stream.actor, err)
             self._waiting.append(stream.number)
         else:
             self.num_left -= 1

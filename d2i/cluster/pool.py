@@ -68,7 +68,7 @@ def map_on_ray(
     while waiting or running:
         if time.monotonic() >= next_count:
             fitting = num_workers_of(num_workers, size)
-            actors.grow(min(fitting, actors.num_workers + len(waiting)))
+            actors.grow(min(fitting, len(waiting) + len(running)))
             next_count = time.monotonic() + _TICK_S
         while waiting and actors.idle:
             actor, number = actors.idle.popleft(), waiting.popleft()
@@ -84,7 +84,7 @@ def map_on_ray(
         try:
             result = result_of(ready)
         except ray.exceptions.RayActorError as err:
-            actors.restart_worker(number, err)
+            actors.restart_worker(number, actor, err)
             # Resubmits the task.
             waiting.appendleft(number)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -11,10 +12,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from d2i.cluster import JobFault, Session, SharedActor
+from d2i.cluster import JobFault, Session, SharedActor, pool
+from d2i.cluster.actor_pool import ActorPool
 from d2i.errors import ClusterError, ConfigError
 from d2i.fault_injection import Fault, Point
 
@@ -119,6 +122,31 @@ def test_pipeline_with_more_workers_than_cores_does_not_deadlock() -> None:
     session = Session(2, num_producers=5)
     results = list(session.pipeline(NumberProducer, SortingConsumer, range(NUM_TASKS)))
     assert len(results) == NUM_TASKS
+
+
+class Doubler:
+    """Returns twice its task."""
+
+    def run(self, task: int) -> int:
+        return 2 * task
+
+
+def test_map_starts_no_worker_without_task_when_cluster_grows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fitting = itertools.chain([1], itertools.repeat(5))
+    started: list[ActorPool] = []
+
+    class NotedPool(ActorPool):
+        def __init__(self, *words: Any) -> None:
+            super().__init__(*words)
+            started.append(self)
+
+    monkeypatch.setattr(pool, "num_workers_of", lambda *_: next(fitting))
+    monkeypatch.setattr(pool, "_TICK_S", 0.0)
+    monkeypatch.setattr(pool, "ActorPool", NotedPool)
+    assert sorted(Session().map(Doubler, range(3))) == [(0, 0), (1, 2), (2, 4)]
+    assert started[0].num_workers == 3
 
 
 class NodeKiller:
