@@ -69,8 +69,9 @@ docs: setup
 package: setup
 	@echo "make package: building the sdist and the wheel in dist"
 	@rm -rf dist build/package
-	@$(BIN)/python -m build --outdir dist > build.log 2>&1 || { cat build.log >&2; exit 1; }
-	@rm build.log
+	@mkdir -p build
+	@$(BIN)/python -m build --outdir dist > build/package.log 2>&1 || \
+	  { cat build/package.log >&2; exit 1; }
 	@echo "make package: installing the wheel alone, and verifying data with it"
 	@$(BIN)/python -m venv build/package
 	@build/package/bin/python -m pip install --quiet --disable-pip-version-check \
