@@ -29,7 +29,10 @@ _OTHERS = ("deepspeed", "img2dataset", "open_clip_torch", "pyarrow", "tokenizers
 _GIB = 2**30
 # Ray stops writing to a disk that is this full.
 _FULL_DISK = 0.95
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?")
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)?")
+_WEIGHTS_SUFFIXES = frozenset({".bin", ".ckpt", ".pt", ".pth", ".safetensors"})
+# Settings that name a file or a directory, never a repository of the hub.
+_LOCAL_SETTINGS = frozenset({"encoders.text_prefix", "metrics.extractor_weights"})
 
 
 @dataclass(frozen=True)
@@ -137,19 +140,27 @@ def check_weights(setting: str, value: str) -> Check:
         path = Path(resolve_weights(value))
     except D2IError as err:
         return Check(name, "fail", first_line(err), "install the same d2i on all nodes")
+    except OSError as err:
+        fix = "check the URL, and this node's permission to read there"
+        return Check(name, "fail", f"{value} cannot be read: {first_line(err)}", fix)
     if path.exists():
         return Check(name, "ok", f"{value}, {_size_bytes(path) / 2**20:.1f} MiB")
-    if path.is_absolute() or not _HUB_NAME.fullmatch(value):
+    if setting in _LOCAL_SETTINGS or not _is_hub_name(value):
         fix = "copy it to every node, or put it on a shared file system"
         return Check(name, "fail", f"{value} is not on this node", fix)
     if _is_in_hub_cache(value):
         return Check(name, "ok", f"{value}, in the hub's cache")
     fix = "'d2i weights fetch' on every node, or once with HF_HOME as a shared directory"
-    if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0"):
+    if is_offline():
         return Check(
             name, "fail", f"{value} is not in the hub's cache, and HF_HUB_OFFLINE is set", fix
         )
     return Check(name, "warn", f"{value} is not in the hub's cache: it will be downloaded", fix)
+
+
+def is_offline() -> bool:
+    """Return whether the environment forbids downloads of weights."""
+    return os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
 
 
 def check_storage(probe: Probe, node_id: str) -> Check:
@@ -212,6 +223,19 @@ def _size_bytes(path: Path) -> int:
 
 def _files(path: Path) -> Iterator[Path]:
     yield from (file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _is_hub_name(value: str) -> bool:
+    """Return whether a value names a repository, or a directory in one, rather than a file."""
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    if not _HUB_NAME.fullmatch(value) or Path(value).suffix in _WEIGHTS_SUFFIXES:
+        return False
+    try:
+        validate_repo_id("/".join(value.split("/")[:2]))
+    except HFValidationError:
+        return False
+    return True
 
 
 def _is_in_hub_cache(value: str) -> bool:

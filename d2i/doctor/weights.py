@@ -10,10 +10,10 @@ from typing import Any
 
 from d2i.backbones import presets_of
 from d2i.config import Recipe
-from d2i.doctor.check import Check, first_line
+from d2i.doctor.check import Check, first_line, run_checks
 from d2i.doctor.machine import INCEPTION_URL, check_inception, inception_path
-from d2i.doctor.node import check_weights
-from d2i.errors import D2IError
+from d2i.doctor.node import check_weights, is_offline
+from d2i.errors import CheckpointError, D2IError
 from d2i.weights_catalog import weights_to_fetch
 from d2i.weights_resolve import resolve_weights
 
@@ -52,8 +52,10 @@ def fetch_weights(recipe: Recipe) -> Iterator[Check]:
     }
     if presets_of(recipe.backbone.name).pipeline:
         loaders["backbone.weights"] = partial(_download_pipeline, recipe.backbone.name)
-    for setting, value in weights_of(recipe):
-        yield _fetch(setting, value, loaders.get(setting, resolve_weights))
+    yield from run_checks(
+        (f"weights {setting}", partial(_fetch, setting, value, loaders.get(setting, _find_file)))
+        for setting, value in weights_of(recipe)
+    )
     if recipe.backbone.weights is None:
         detail = f"not set; training needs {weights_to_fetch(recipe.backbone.name)}"
         yield Check("weights backbone.weights", "warn", detail, "--set backbone.weights=PATH")
@@ -62,16 +64,34 @@ def fetch_weights(recipe: Recipe) -> Iterator[Check]:
 
 
 def _fetch(setting: str, value: str, load: Callable[[str], Any]) -> Check:
-    was_here = check_weights(setting, value).status == "ok"
+    before = check_weights(setting, value)
     try:
         load(value)
     except (D2IError, OSError) as err:
         detail, _, fix = first_line(err).rpartition("; ")
-        return Check(f"weights {setting}", "fail", detail or fix, fix if detail else "")
+        if not detail:
+            detail, fix = fix, "check the name or URL, the network, and permission to read there"
+        return Check(f"weights {setting}", "fail", detail, fix)
     found = check_weights(setting, value)
-    if was_here or found.status != "ok":
+    if found.status != "ok":
+        return Check(found.name, "fail", f"{found.detail}, though it was loaded now", found.fix)
+    if before.status == "ok":
         return found
     return Check(found.name, "ok", f"{found.detail}, downloaded now")
+
+
+def _find_file(value: str) -> None:
+    """Find weights that must be a file or directory here, or at a URL, which is fetched.
+
+    Raises:
+        CheckpointError: If there is none.
+        OSError: If the URL cannot be read.
+    """
+    if not Path(resolve_weights(value)).exists():
+        raise CheckpointError(
+            f"{value}: no such file; expected a path or URL; d2i does not download these, see "
+            "d2i weights list"
+        )
 
 
 def _download_pipeline(backbone: str, name: str) -> None:
@@ -101,10 +121,12 @@ def _fetch_inception() -> Check:
     found = check_inception()
     if found.status != "warn":
         return found
+    if is_offline():
+        return Check(found.name, "fail", f"{found.detail}, and HF_HUB_OFFLINE is set", found.fix)
     path = inception_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
     digits = path.stem.rpartition("-")[2]
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(INCEPTION_URL, str(path), digits, progress=False)
     except (OSError, RuntimeError) as err:
         return Check(found.name, "fail", f"{INCEPTION_URL}: {first_line(err)}", found.fix)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from d2i.doctor import machine
+from d2i.doctor.node import check_weights
 from d2i.doctor.weights import _fetch_inception
 from d2i.weights_resolve import resolve_weights
 from tests.hub import Hub, Repository
@@ -116,10 +117,66 @@ def test_weights_that_cannot_be_had_are_rows_with_next_step(hub: Hub, tmp_path: 
         assert bool(row["fix"]) == (row["status"] != "ok")
 
 
+def test_every_setting_has_a_row_whatever_it_names(hub: Hub, tmp_path: Path) -> None:
+    """Names that are no repository, URLs that cannot be read, and files that are not there."""
+    settings = {
+        "encoders.vae": "./nothing",
+        "encoders.clip_image": "../models/nothing.pth",
+        "encoders.clip_text": "ftp://127.0.0.1:9/nothing",
+        "encoders.text_prefix": "models/nothing",
+        "metrics.clip_text": "https://127.0.0.1:9/nothing",
+        "metrics.extractor_weights": "foreign://nothing",
+        "backbone.weights": "weights/mscoco_uvit_small.pth",
+    }
+    code, rows = fetch("demo", settings, hub.environment(tmp_path / "home"))
+    assert code == 1
+    assert list(rows) == [f"weights {setting}" for setting in CHECKED]
+    for row in rows.values():
+        assert (row["status"], bool(row["fix"])) == ("fail", True), row
+    missing = rows["weights backbone.weights"]
+    assert (
+        missing["detail"] == "weights/mscoco_uvit_small.pth: no such file; expected a path or URL"
+    )
+    assert missing["fix"] == "d2i does not download these, see d2i weights list"
+
+
+CHECKED = (
+    *("encoders.vae", "encoders.clip_image", "encoders.clip_text", "encoders.text_prefix"),
+    *("backbone.weights", "metrics.clip_text", "metrics.extractor_weights"),
+)
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["./nothing.pth", "../w/x.pth", "w/x.pth", "a--b/c", "s3::x://y", "ftp://127.0.0.1:9/x"],
+)
+def test_weights_that_are_no_repository_are_a_row(value: str) -> None:
+    found = check_weights("backbone.weights", value)
+    assert (found.status, bool(found.fix)) == ("fail", True)
+
+
+def test_inception_is_not_downloaded_offline_or_into_read_only_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "file"))
+    found = _fetch_inception()
+    assert (found.status, "Not a directory" in found.detail) == ("fail", True), found
+
+    home = tmp_path / "cache"
+    environment = {"TORCH_HOME": str(home), "HF_HOME": str(home)} | OFFLINE
+    code, rows = fetch("demo", {"metrics.extractor": "inception"}, environment)
+    assert (code, rows["Inception weights"]["status"]) == (1, "fail")
+    assert "HF_HUB_OFFLINE" in rows["Inception weights"]["detail"]
+    assert not home.exists() or not list(home.rglob("*.pth"))
+
+
 @pytest.mark.parametrize("is_whole", [True, False])
 def test_inception_is_downloaded_and_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_whole: bool
 ) -> None:
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     data = b"numbers"
     name = f"weights-{hashlib.sha256(data).hexdigest()[:8]}.pth"
     (tmp_path / name).write_bytes(data if is_whole else data[:-1])
