@@ -9,6 +9,9 @@ CORPORA = ("mmdialog", "photochat", "jsonl")
 SYSTEMS = ("run:", "diffusers:", "unclip:", "images:", "retrieve:", "divter:")
 """The kinds of systems of `d2i.eval.systems`, beside the backbones."""
 
+SELECTED_SYSTEMS = ("run:", "diffusers:")
+"""Those of them that `d2i select` takes, as they have a guidance scale."""
+
 
 def complete_recipe(incomplete: str) -> list[str]:
     """Return the recipes that begin so."""
@@ -27,6 +30,13 @@ def complete_system(incomplete: str) -> list[str]:
     from d2i.backbones import backbones
 
     return _beginning_with(incomplete, (*SYSTEMS, *backbones()))
+
+
+def complete_selected_system(incomplete: str) -> list[str]:
+    """Return the systems, or their kinds, that have a guidance scale and begin so."""
+    from d2i.backbones import backbones
+
+    return _beginning_with(incomplete, (*SELECTED_SYSTEMS, *backbones()))
 
 
 def complete_metric(incomplete: str) -> list[str]:

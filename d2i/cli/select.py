@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2i.cli.completion import complete_metric, complete_system
+from d2i.cli.completion import complete_metric, complete_selected_system
 from d2i.cli.options import JsonOption, SetOption
 from d2i.cli.output import print_result
 from d2i.errors import ConfigError
@@ -25,7 +25,7 @@ def select(
         str | None,
         typer.Option(
             help="Instead of --run: a backbone's name, or diffusers:PATH.",
-            autocompletion=complete_system,
+            autocompletion=complete_selected_system,
         ),
     ] = None,
     weights: Annotated[

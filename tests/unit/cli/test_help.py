@@ -143,6 +143,8 @@ def completions(line: str, tmp_path: Path) -> list[str]:
         ("d2i eval --system r", ["run:", "retrieve:"]),
         ("d2i eval --context sh", ["shuffled"]),
         ("d2i select --metric clip_", ["clip_i", "clip_t"]),
+        ("d2i select --system r", ["run:"]),
+        ("d2i select --system d", ["diffusers:"]),
     ],
 )
 def test_bash_completes(line: str, expected: list[str], tmp_path: Path) -> None:
