@@ -32,7 +32,6 @@ from d2i.cli.help import (
 )
 from d2i.cli.index import index
 from d2i.cli.inspect import inspect as inspect_data
-from d2i.cli.missing import missing_extra
 from d2i.cli.output import INTERRUPTED
 from d2i.cli.preprocess import preprocess
 from d2i.cli.push import push
@@ -50,7 +49,7 @@ from d2i.cli.weights import (
     inspect_weights,
     list_weights,
 )
-from d2i.errors import D2IError
+from d2i.errors import D2IError, missing_extra
 from d2i.io.terminal import plain, print_plainly
 
 USER_CAN_FIX = D2IError.exit_code

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from d2i.errors import missing_extra
+
 Status = Literal["ok", "warn", "fail"]
 
 INSTALL_ALL = 'pip install "d2i[all]"'
@@ -35,7 +37,8 @@ def run_checks(named: Iterable[tuple[str, Callable[[], Check]]]) -> Iterator[Che
         try:
             yield check()
         except ModuleNotFoundError as err:
-            yield Check(name, "fail", first_line(err), INSTALL_ALL)
+            fix = INSTALL_ALL if missing_extra(err) else REINSTALL
+            yield Check(name, "fail", first_line(err), fix)
         except Exception as err:
             yield Check(name, "fail", f"{type(err).__name__}: {first_line(err)}", REINSTALL)
 

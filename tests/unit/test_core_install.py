@@ -15,7 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from d2i.cli.missing import EXTRA_MODULES, missing_extra
+from d2i.errors import EXTRA_MODULES, missing_extra
 from tests.unit.shards.test_index_tars import write_tar
 from tests.unit.test_repository import ROOT, declared, imported_modules
 

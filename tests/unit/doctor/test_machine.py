@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from d2i.doctor import machine as doctor
-from d2i.doctor.check import Check, run_checks
+from d2i.doctor.check import INSTALL_ALL, REINSTALL, Check, run_checks
 
 
 def test_crashed_check_is_fail_row_and_next_check_runs() -> None:
@@ -24,6 +24,18 @@ def test_crashed_check_is_fail_row_and_next_check_runs() -> None:
     assert rows[0].name == "broken"
     assert rows[0].detail == "ValueError: first line"
     assert rows[0].fix
+
+
+@pytest.mark.parametrize(
+    ("module", "fix"), [("torch.nn", INSTALL_ALL), ("d2i.nothing", REINSTALL), ("lzma", REINSTALL)]
+)
+def test_missing_module_is_answered_with_what_brings_it(module: str, fix: str) -> None:
+    def need() -> Check:
+        raise ModuleNotFoundError(f"No module named {module!r}", name=module)
+
+    (row,) = run_checks([("needy", need)])
+    assert (row.status, row.fix) == ("fail", fix)
+    assert module in row.detail
 
 
 def test_run_checks_is_lazy() -> None:
