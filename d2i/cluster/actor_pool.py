@@ -26,8 +26,8 @@ _TICK_S = 0.5
 _NODE_OF_DEAD_ACTOR = re.compile(r"its node has died\. Node Id: (\w+)")
 
 
-class Losses:
-    """Losses of each task, by the node that they were on; None: a node that never answered."""
+class WorkerLosses:
+    """Workers lost in each task, by their node; None: a node that never answered."""
 
     def __init__(self) -> None:
         self._nodes: dict[Hashable, list[str | None]] = {}
@@ -64,7 +64,7 @@ class ActorPool:
         self._size = size
         self.num_workers = 0
         self._building: dict[Any, Any] = {}
-        self._losses = Losses()
+        self._losses = WorkerLosses()
         self._node_ids: dict[Any, Any] = {}
         self.idle: deque[Any] = deque()
         self.grow(num_workers)

@@ -1,12 +1,12 @@
-"""What counts as a failure of a task: each crash, but a node that dies only once."""
+"""Each crash counts as a failure of a task, but a node that dies only once."""
 
 from __future__ import annotations
 
-from d2i.cluster.actor_pool import Losses
+from d2i.cluster.actor_pool import WorkerLosses
 
 
-def losses(*node_ids: str | None) -> Losses:
-    found = Losses()
+def losses(*node_ids: str | None) -> WorkerLosses:
+    found = WorkerLosses()
     for node_id in node_ids:
         found.add("task", node_id)
     return found
