@@ -25,7 +25,12 @@ __all__ = ["Dataset", "GenerationError", "Model", "Read", "Turn", "load", "webda
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module 'd2i' has no attribute {name!r}")
-    return getattr(importlib.import_module(_PLACES[name]), name)
+    try:
+        return getattr(importlib.import_module(_PLACES[name]), name)
+    except ModuleNotFoundError as err:
+        from d2i.errors import with_extra
+
+        raise with_extra(err) from err
 
 
 def __dir__() -> list[str]:

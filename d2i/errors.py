@@ -95,3 +95,9 @@ def missing_extra(err: ModuleNotFoundError) -> str | None:
         f"this needs {module}, which is not installed; expected the packages of all commands, not "
         'those of d2i alone; run pip install "d2i[all]"'
     )
+
+
+def with_extra(err: ModuleNotFoundError) -> ModuleNotFoundError:
+    """Return the error with the line of `missing_extra` where there is one, else itself."""
+    message = missing_extra(err)
+    return err if message is None else ModuleNotFoundError(message, name=err.name)

@@ -12,7 +12,7 @@ from numbers import Integral
 from typing import Any
 
 from d2i.dialog import SPLITS, Turn
-from d2i.errors import ConfigError
+from d2i.errors import ConfigError, with_extra
 from d2i.io import storage
 from d2i.shards.dataset import split_url
 from d2i.shards.layout import ArrayInfo
@@ -113,8 +113,10 @@ def webdataset(url: str | os.PathLike[str], split: str | None = None) -> Any:
         ConfigError: As `Dataset`.
         ShardError: As `Dataset`; of a sample, if its bytes are not those of a shard.
     """
-    import webdataset as wds
-
+    try:
+        import webdataset as wds
+    except ModuleNotFoundError as err:
+        raise with_extra(err) from err
     place = _data_set(url, split)
     shards = [shard for shard in ShardReader(place).manifest.shards if shard.num_samples]
     if not shards:

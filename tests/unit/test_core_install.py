@@ -167,6 +167,15 @@ def test_training_without_the_extra_says_so_in_one_line(tmp_path: Path) -> None:
     assert ONE_LINE in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.parametrize("what", ["load", "webdataset(DATA)"])
+def test_python_names_the_extra_too(what: str) -> None:
+    code = f"import d2i\nDATA = {str(BEFORE / 'data' / 'train')!r}\nlen(d2i.Dataset(DATA))\n"
+    done = run_in_core(f"{code}d2i.{what}")
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("ModuleNotFoundError: this needs ")
+    assert ONE_LINE in done.stderr.splitlines()[-1]
+
+
 def test_debug_shows_where_the_module_is_missing() -> None:
     done = run_in_core(COMMAND, "--debug", "cluster", "check", "--ray-address", "auto")
     assert "ModuleNotFoundError" in done.stderr
