@@ -227,7 +227,8 @@ def _files(path: Path) -> Iterator[Path]:
 
 def _is_hub_name(value: str) -> bool:
     """Return whether a value names a repository, or a directory in one, rather than a file."""
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils._validators import validate_repo_id
 
     if not _HUB_NAME.fullmatch(value) or Path(value).suffix in _WEIGHTS_SUFFIXES:
         return False
