@@ -53,6 +53,10 @@ class Capacity:
     unit: Unit
     object_store_bytes: int
 
+    def has_workers_of(self, earlier: Capacity) -> bool:
+        """Return whether there are as many workers as before: nodes may have joined, or left."""
+        return self.num_workers == earlier.num_workers
+
     def num_busy(self, num_tasks: int) -> int:
         """Return how many of the workers have a task."""
         return min(self.num_workers, num_tasks)

@@ -203,9 +203,7 @@ def _generate(
         meter.add(len(task.indices))
         on_progress(progress)
         session.trigger_at("eval.task_done")
-    # Nodes may have joined or been lost.
-    has_same_workers = session.capacity().num_workers == offer.num_workers
-    if has_same_workers and (rate := meter.rate()):
+    if session.capacity().has_workers_of(offer) and (rate := meter.rate()):
         save_rate(rate_decided_by(request, offer.unit), rate)
 
 

@@ -247,9 +247,7 @@ def _make_shards(
         meter.add(result.num_written + sum(result.failures.values()))
         show()
         session.trigger_at("job.shard_done")
-    # Nodes may have joined or been lost.
-    has_same_workers = session.capacity().num_workers == offer.num_workers
-    if has_same_workers and (rate := meter.rate()):
+    if session.capacity().has_workers_of(offer) and (rate := meter.rate()):
         save_rate(rate_decided_by(request, offer.unit), rate)
 
 

@@ -96,7 +96,7 @@ def test_preprocess_on_s3_equals_local_run(
     assert {name: shards(storage.join(data, name)) for name in before} == before
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_killed_training_on_s3_resumes_bit_exactly(
     trained: Path, training_data: Path, front: Front, bucket: str
 ) -> None:

@@ -169,6 +169,7 @@ def test_run_is_selected_evaluated_and_reported(
     assert "LoRA of rank 4" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.soak
 def test_other_linearization_trains_on_same_data(base: Path, data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     changed: dict[str, Any] = {"train__num_steps": 2, "text__strategy": "space"}
