@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import closing
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,7 +10,7 @@ import typer
 from d2i.cli.completion import complete_recipe
 from d2i.cli.options import JsonOption, SetOption
 from d2i.cli.output import print_result, row_line
-from d2i.io.progress_bar import ProgressBar
+from d2i.cli.session import open_session
 from d2i.io.terminal import plain
 
 if TYPE_CHECKING:
@@ -49,15 +48,11 @@ def check(
         d2i cluster check --ray-address 10.0.0.5:6379 --num-nodes 4 --recipe uvit-s-mmdialog
         --storage s3://bucket/data
     """
-    from d2i.cluster import Session
     from d2i.doctor.cluster import ClusterRequest, check_cluster
 
     request = ClusterRequest(num_nodes, wait_s, _recipe(recipe, settings), tuple(storage or ()))
     found = []
-    with (
-        closing(ProgressBar()) as progress,
-        Session(ray_address=ray_address, on_start=progress.wait) as session,
-    ):
+    with open_session(ray_address=ray_address) as (session, progress):
         for report in check_cluster(request, session):
             progress.close()
             found.append(asdict(report))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import closing
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -24,8 +23,8 @@ from d2i.cli.options import (
     assumed_of,
 )
 from d2i.cli.output import forecast_lines, print_result
+from d2i.cli.session import open_session
 from d2i.errors import ConfigError
-from d2i.io.progress_bar import ProgressBar
 
 if TYPE_CHECKING:
     from d2i.cluster import Session
@@ -118,12 +117,10 @@ def evaluate(
 
         d2i eval --system images:minigpt5 --label MiniGPT-5 --data data --out scores/minigpt5
     """
-    from d2i.cluster import Session
     from d2i.eval.generation_settings import choose_settings
     from d2i.eval.job import evaluate as run
     from d2i.eval.request import EvalRequest
     from d2i.eval.systems import parse_system
-    from d2i.fault_injection import parse_fault
     from d2i.recipes import change_recipe, read_stored_recipe
     from d2i.shards import ShardReader, data_set_url
 
@@ -146,11 +143,7 @@ def evaluate(
     open_shards = partial(
         ShardReader, cache_dir=cache_dir, cache_gb=cache_gb, check_data=check_data
     )
-    num_workers, injected = workers if parallel else 0, parse_fault(fault)
-    with (
-        closing(ProgressBar()) as progress,
-        Session(num_workers, ray_address, injected, on_start=progress.wait) as session,
-    ):
+    with open_session(workers if parallel else 0, ray_address, fault) as (session, progress):
         if dry_run:
             foreseen, lines = _foresee(request, session, task_size, assumed)
             progress.close()

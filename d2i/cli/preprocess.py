@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,7 +28,7 @@ from d2i.cli.options import (
     network_policy_of,
 )
 from d2i.cli.output import counted, forecast_lines, print_result
-from d2i.io.progress_bar import ProgressBar
+from d2i.cli.session import open_session
 
 if TYPE_CHECKING:
     from d2i.cluster import Session
@@ -135,8 +134,6 @@ def preprocess(
         d2i preprocess --corpus mmdialog --source MMDialog --out data --recipe uvit-s-mmdialog
         --ray-address auto
     """
-    from d2i.cluster import Session
-    from d2i.fault_injection import parse_fault
     from d2i.preprocess.job import PreprocessRequest, make_splits
     from d2i.preprocess.split_summary import refuse_empty
 
@@ -157,16 +154,9 @@ def preprocess(
         reuse=reuse,
     )
     network_policy = network_policy_of(allow_host, dns_server, proxy)
-    injected = parse_fault(fault)
-    with (
-        closing(ProgressBar()) as progress,
-        Session(
-            workers,
-            ray_address,
-            injected,
-            num_producers=fetch_workers,
-            on_start=progress.wait,
-        ) as session,
+    with open_session(workers, ray_address, fault, num_producers=fetch_workers) as (
+        session,
+        progress,
     ):
         if dry_run:
             result, lines = _foresee(request, session, assumed)

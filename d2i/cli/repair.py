@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from contextlib import closing
 from typing import Annotated
 
 import typer
@@ -22,7 +21,8 @@ from d2i.cli.options import (
     network_policy_of,
 )
 from d2i.cli.output import print_result, problem_line
-from d2i.io.progress_bar import Counts, ProgressBar
+from d2i.cli.session import open_session
+from d2i.io.progress_bar import Counts
 
 
 def repair(
@@ -49,23 +49,15 @@ def repair(
 
         d2i repair d2i-demo/data/test --workers 0
     """
-    from d2i.cluster import Session
-    from d2i.fault_injection import parse_fault
     from d2i.preprocess.repair import RepairRequest
     from d2i.preprocess.repair import repair as run
 
     request = RepairRequest(directory, tuple(settings or ()))
     network_policy = network_policy_of(allow_host, dns_server, proxy)
-    injected, started = parse_fault(fault), time.monotonic()
-    with (
-        closing(ProgressBar()) as progress,
-        Session(
-            workers,
-            ray_address,
-            injected,
-            num_producers=fetch_workers,
-            on_start=progress.wait,
-        ) as session,
+    started = time.monotonic()
+    with open_session(workers, ray_address, fault, num_producers=fetch_workers) as (
+        session,
+        progress,
     ):
         summaries = run(
             request,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import closing
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,8 +10,9 @@ import typer
 from d2i.cli.completion import complete_metric, complete_selected_system
 from d2i.cli.options import JsonOption, SetOption
 from d2i.cli.output import print_result
+from d2i.cli.session import open_session
 from d2i.errors import ConfigError
-from d2i.io.progress_bar import Counts, ProgressBar
+from d2i.io.progress_bar import Counts
 from d2i.metric_specs import METRICS
 
 if TYPE_CHECKING:
@@ -70,7 +70,6 @@ def select(
         d2i select --system uvit-s --weights mscoco_uvit_small.pth --data data/photochat
         --out chosen/uvit-s --guidance 1.5 --guidance 2 --guidance 3
     """
-    from d2i.cluster import Session
     from d2i.model_selection import SelectRequest
     from d2i.model_selection import select as run_select
 
@@ -93,10 +92,7 @@ def select(
         seed=seed,
         settings=tuple(settings or ()),
     )
-    with (
-        closing(ProgressBar()) as progress,
-        Session(workers or 0, on_start=progress.wait) as session,
-    ):
+    with open_session(workers or 0) as (session, progress):
         result = run_select(
             request, session, lambda name, found: progress.show(_counts_of(name, found))
         )

@@ -39,7 +39,7 @@ def fetch_weights(recipe: Recipe) -> Iterator[Check]:
     to be whole. A repository that is a pipeline is downloaded, not loaded.
 
     Yields:
-        One `Check` per setting. Nothing is raised: weights that are not to be had are `fail` rows.
+        One `Check` per setting. Nothing is raised: weights that are missing are `fail` rows.
     """
     # These modules import torch.
     from d2i.encoders import ClipImage, ClipText, Vae

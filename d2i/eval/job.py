@@ -203,7 +203,7 @@ def _generate(
         meter.add(len(task.indices))
         on_progress(progress)
         session.trigger_at("eval.task_done")
-    if session.capacity().has_workers_of(offer) and (rate := meter.rate()):
+    if (rate := meter.rate()) and session.capacity().has_workers_of(offer):
         save_rate(rate_decided_by(request, offer.unit), rate)
 
 

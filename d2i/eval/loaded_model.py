@@ -10,8 +10,8 @@ import json
 import operator
 import os
 import re
-import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, cast, get_args, overload
@@ -26,6 +26,7 @@ from d2i.diffusion.dpm_solver import OnStep
 from d2i.encoders import Encoders
 from d2i.errors import CheckpointError, ConfigError, DataError, GenerationError
 from d2i.eval.generation_settings import choose_settings
+from d2i.eval.one_thread import one_thread
 from d2i.eval.prompts import Prompt
 from d2i.eval.system import (
     CallOptions,
@@ -388,23 +389,9 @@ def _device(device: str | None) -> str:
     return str(found)
 
 
-# torch counts threads for the whole process, at least in part.
-_CPU = threading.RLock()
-
-
-@contextlib.contextmanager
-def _as_commands_compute(device: str) -> Iterator[None]:
-    """Compute on a CPU with one thread, so that sums are taken in one order on every machine."""
-    if torch.device(device).type != "cpu":
-        yield
-        return
-    with _CPU:
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            yield
-        finally:
-            torch.set_num_threads(num_threads)
+def _as_commands_compute(device: str) -> AbstractContextManager[None]:
+    """Return a context that computes on a CPU with one thread, as the commands do."""
+    return one_thread() if torch.device(device).type == "cpu" else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -477,10 +464,8 @@ def _check_turn(turn: Turn) -> None:
             f"turns: got {turn!r}, expected Turn(speaker, text) with a whole number or None, and "
             "text"
         )
-    try:
-        text.encode()
-    except UnicodeEncodeError as err:
-        raise DataError(f"turns: {err}; expected text that is Unicode; correct it") from err
+    if not _is_unicode(text):
+        raise DataError(f"turns: got {text!r}; expected text that is Unicode; correct it")
 
 
 def _is_number(value: Any, kind: type = Integral) -> bool:

@@ -233,12 +233,17 @@ def _members(url: str) -> Iterator[tarfile.TarInfo]:
             if file.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
                 raise tarfile.ReadError(f"no member and no end at byte {end}")
     except (tarfile.TarError, UnicodeError) as err:
-        kind = file_kind(storage.read_head(url, HEAD_BYTES))
-        found = "" if kind in (None, "a tar") else f", but {kind}"
-        raise DataError(
-            f"{url} is not an intact tar{found}: {err}; expected a plain one, not compressed; "
-            "decompress it, or copy it again"
-        ) from err
+        raise DataError(describe_damaged_tar(url, err)) from err
+
+
+def describe_damaged_tar(url: str, err: Exception) -> str:
+    """Return the line of a file that is no intact tar, with the kind of file that it is."""
+    kind = file_kind(storage.read_head(url, HEAD_BYTES))
+    found = "" if kind in (None, "a tar") else f", but {kind}"
+    return (
+        f"{url} is not an intact tar{found}: {err}; expected a plain one, not compressed; "
+        "decompress it, or copy it again"
+    )
 
 
 class _Headers:

@@ -247,7 +247,7 @@ def _make_shards(
         meter.add(result.num_written + sum(result.failures.values()))
         show()
         session.trigger_at("job.shard_done")
-    if session.capacity().has_workers_of(offer) and (rate := meter.rate()):
+    if (rate := meter.rate()) and session.capacity().has_workers_of(offer):
         save_rate(rate_decided_by(request, offer.unit), rate)
 
 

@@ -21,7 +21,7 @@ from typing import IO, Any, NoReturn
 import numpy as np
 
 from d2i.errors import ShardError
-from d2i.images.file_kind import HEAD_BYTES, file_kind
+from d2i.images.tar_index import describe_damaged_tar
 from d2i.io import storage
 from d2i.shards.commit import FileInfo
 from d2i.shards.index import Extent, IndexRow
@@ -70,12 +70,7 @@ def scan_tar(url: str) -> ScannedTar:
             scan = _scan(file)
             file.finish()
     except (tarfile.TarError, ValueError, RecursionError) as err:
-        kind = file_kind(storage.read_head(url, HEAD_BYTES))
-        found = "" if kind in (None, "a tar") else f", but {kind}"
-        raise ShardError(
-            f"{url} is not an intact tar{found}: {err}; expected a plain one, not compressed; "
-            "decompress it, or copy it again"
-        ) from err
+        raise ShardError(describe_damaged_tar(url, err)) from err
     except ShardError as err:
         raise ShardError(f"{url}: {err}") from err
     return ScannedTar(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +14,7 @@ from PIL import Image
 import d2i
 from d2i.cli.sample import sample
 from d2i.errors import ConfigError
-from d2i.models.model_dir import resolve_sizes
 from d2i.prompt_text import Role
-from d2i.recipes import load_recipe
-from d2i.weights_resolve import resolve_weights
 from tests.integration.evaluations import images_by_name
 from tests.integration.pipelines import (
     save_tiny_flux2_klein,
@@ -28,6 +23,7 @@ from tests.integration.pipelines import (
     save_tiny_z_image,
 )
 from tests.processes import run_d2i
+from tests.runs import write_demo_run
 
 DATA = Path(__file__).resolve().parents[1] / "made_before" / "data"
 CHAT = ["look what i saw", "a big red ball on the beach at night"]
@@ -41,15 +37,7 @@ def pixels(image: Image.Image) -> NDArray[np.uint8]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of the network that comes with d2i."""
-    directory = tmp_path_factory.mktemp("runs") / "demo"
-    directory.mkdir()
-    demo = load_recipe("demo")
-    sized = demo.model_copy(update={"backbone": resolve_sizes(demo.backbone)})
-    recipe = json.loads(sized.model_dump_json())
-    (directory / "config.json").write_text(json.dumps({"recipe": recipe}))
-    weights = Path(resolve_weights("demo:backbone")) / "model.safetensors"
-    shutil.copy(weights, directory / "ema.safetensors")
-    return directory
+    return write_demo_run(tmp_path_factory.mktemp("runs") / "demo")
 
 
 def test_loaded_run_gives_the_images_of_the_sample_command(run: Path, tmp_path: Path) -> None:

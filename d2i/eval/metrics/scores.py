@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from d2i.errors import DataError
@@ -19,6 +17,7 @@ from d2i.eval.metrics.kid import PairedMmd, paired_mmd
 from d2i.eval.metrics.measured import Arrays, Measured, to_float64
 from d2i.eval.metrics.retrieval_recall import NUM_NEGATIVES
 from d2i.eval.metrics.score_warnings import counted, score_warnings
+from d2i.eval.one_thread import one_thread
 from d2i.metric_specs import METRICS, RECALLS, MetricSpec
 
 Scores = dict[str, float | int | None]
@@ -49,7 +48,7 @@ def score(measured: Measured, resolution: int) -> dict[str, Any]:
             f"instances ({counted(measured.failures)}); expected at least {_MIN_IMAGES}; see "
             "instances.jsonl for the reasons"
         )
-    with _one_thread():
+    with one_thread():
         part = _choose_part(measured)
         arrays = {name: to_float64(array) for name, array in measured.arrays.items()}
         paired = _paired_kid(arrays, measured, part)
@@ -241,14 +240,3 @@ def _intervals(scores: Scores, evidence: _Evidence) -> dict[str, list[float]]:
         if interval is not None:
             found[key] = list(interval)
     return found
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Run torch on one thread, so that the order of sums does not depend on the driver."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +9,13 @@ import pytest
 from PIL import Image
 
 from d2i.cli.sample import sample
-from d2i.models.model_dir import resolve_sizes
 from d2i.recipes import load_recipe
-from d2i.weights_resolve import resolve_weights
+from tests.runs import write_demo_run
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    directory = tmp_path / "run"
-    directory.mkdir()
-    demo = load_recipe("demo")
-    sized = demo.model_copy(update={"backbone": resolve_sizes(demo.backbone)})
-    recipe = json.loads(sized.model_dump_json())
-    (directory / "config.json").write_text(json.dumps({"recipe": recipe}))
-    weights = Path(resolve_weights("demo:backbone")) / "model.safetensors"
-    shutil.copy(weights, directory / "ema.safetensors")
-    return directory
+    return write_demo_run(tmp_path / "run")
 
 
 def generate_image(run: Path, *seeds: int, **options: str) -> Image.Image:
