@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import tarfile
 import zipfile
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -57,10 +59,10 @@ def write_images(directory: Path, *splits: str, pointers: bool = False) -> Path:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
-    """Run `d2i preprocess` in this process; return its exit code."""
+    """Run `d2i preprocess` in this process, which keeps its environment; return its exit code."""
     line = ["d2i", "preprocess", *map(str, arguments), "--recipe", "demo", "--workers", "0"]
     monkeypatch.setattr("sys.argv", line)
-    with pytest.raises(SystemExit) as ended:
+    with patch.dict(os.environ), pytest.raises(SystemExit) as ended:
         main()
     return int(ended.value.code or 0)
 
