@@ -118,6 +118,7 @@ def test_repair_restores_same_bytes(case: str, prepared: Prepared, tmp_path: Pat
     assert files(copy / "train") == files(prepared.second / "train")
 
 
+@pytest.mark.soak
 def test_killed_preprocess_resumes(prepared: Prepared, tmp_path: Path) -> None:
     out = tmp_path / "data"
     command = (

@@ -86,6 +86,7 @@ def test_preprocess_uses_joined_node_and_survives_loss_of_first(
     assert shards(out) == shards(prepared)
 
 
+@pytest.mark.soak
 def test_evaluation_survives_loss_of_ray_node_and_uses_larger_one(
     cluster: RayNodes, node: Node, whole: Path, chat_data: Path, tmp_path: Path
 ) -> None:

@@ -27,8 +27,7 @@ SOURCE = SHARED / "data" / "mmdialog"
 def run(tmp_path_factory: pytest.TempPathFactory, settings: list[str]) -> Path:
     directory = tmp_path_factory.mktemp("select")
     data, run = directory / "data", directory / "run"
-    for split in ("train", "valid"):
-        preprocess("mmdialog", SOURCE, data, "--split", split, *settings)
+    preprocess("mmdialog", SOURCE, data, *settings)
     drawn = ("--set", "train.num_steps=4", "--set", "train.num_sample_steps=4")
     run_d2i("train", "--recipe", "demo", "--data", data, "--run", run, *settings, *drawn)
     return run
@@ -57,7 +56,7 @@ def test_tensorboard_matches_metrics_jsonl(run: Path) -> None:
     assert events.Scalars("valid/loss")
 
 
-def test_select_writes_best_candidate_and_eval_uses_it(run: Path, settings: list[str]) -> None:
+def test_select_writes_best_candidate_and_eval_uses_it(run: Path) -> None:
     words = ("select", "--run", run, "--num-instances", 4, "--metric", "clip_i", "--json")
     best = run_d2i(*words, "--guidance", 1, "--guidance", 3)
     assert best == json.loads((run / "best.json").read_text())
@@ -75,7 +74,6 @@ def test_select_writes_best_candidate_and_eval_uses_it(run: Path, settings: list
     assert run_d2i(*words, "--guidance", 1, "--guidance", 3) == best
     assert {path: path.stat().st_mtime_ns for path in tasks} == tasks
 
-    preprocess("mmdialog", SOURCE, run.parent / "data", "--split", "test", *settings)
     words = ("eval", "--system", f"run:{run}", "--data", run.parent / "data", "--json")
     chosen = run_d2i(*words, "--out", run.parent / "chosen")["card"]
     assert chosen["guidance_scale"] == best["guidance_scale"]
@@ -87,9 +85,7 @@ def test_select_writes_best_candidate_and_eval_uses_it(run: Path, settings: list
     assert run_d2i(*words, *other)["card"]["guidance_scale"] == 5
 
 
-def test_select_chooses_guidance_of_published_backbone(
-    run: Path, settings: list[str], tmp_path: Path
-) -> None:
+def test_select_chooses_guidance_of_published_backbone(run: Path, tmp_path: Path) -> None:
     """The evaluation uses it and the card records it; the choice for another system is rejected."""
     data, out = run.parent / "data", tmp_path / "chosen"
     backbone = ("--system", "uvit-s", "--weights", run / "ema.safetensors", "--data", data)
@@ -99,7 +95,6 @@ def test_select_chooses_guidance_of_published_backbone(
     assert [c["guidance_scale"] for c in best["candidates"]] == [1, 4]
     assert best == json.loads((out / "best.json").read_text())
 
-    preprocess("mmdialog", SOURCE, data, "--split", "test", *settings)
     card = run_d2i("eval", *words, "--selected", out, "--out", tmp_path / "scores")["card"]
     assert card["guidance_scale"] == best["guidance_scale"]
     assert card["guidance_chosen_by"] == {
@@ -121,11 +116,8 @@ def test_select_of_system_without_guidance_is_error(run: Path, tmp_path: Path) -
     assert "has no guidance scale to select" in refused.stderr
 
 
-def test_sample_weights_setting_generates_with_trained_weights(
-    run: Path, settings: list[str], tmp_path: Path
-) -> None:
+def test_sample_weights_setting_generates_with_trained_weights(run: Path, tmp_path: Path) -> None:
     (run / "best.json").unlink(missing_ok=True)
-    preprocess("mmdialog", SOURCE, run.parent / "data", "--split", "test", *settings)
     words = ("eval", "--system", f"run:{run}", "--data", run.parent / "data", "--json")
     trained = ("--set", "sample.weights=trained", "--out", tmp_path / "trained")
     card = run_d2i(*words, *trained)["card"]

@@ -32,8 +32,6 @@ pytestmark = pytest.mark.timeout(600)
 
 # The runs of the fixtures, by recipe, number of ranks and ZeRO stage.
 UNDISTURBED = {(LORA, 2, 2): "lora_run", (FULL, 1, 0): "full_run"}
-# The run that `make test` kills. A whole network that is killed is in `test_train_killed.py`.
-SAMPLE = (LORA, 2, 2)
 # The curly quote is one that CLIP's published cleaning replaces.
 DIALOG = "Don\u2019t you love my dog?\nShow me!"
 
@@ -181,6 +179,7 @@ def test_other_linearization_trains_on_same_data(base: Path, data: Path, tmp_pat
     assert card["trained_text"]["strategy"] == card["text"]["strategy"] == "space"
 
 
+@pytest.mark.soak
 def test_sdxl_trains_on_text_of_its_two_encoders(tmp_path: Path) -> None:
     base, recipe, run = tmp_path / "base", "sdxl-lora-photochat", tmp_path / "run"
     save_tiny_sdxl(base)
@@ -192,12 +191,9 @@ def test_sdxl_trains_on_text_of_its_two_encoders(tmp_path: Path) -> None:
     run_d2i("eval", "--system", f"run:{run}", "--data", data, "--out", tmp_path / "scores")
 
 
+@pytest.mark.soak
 @pytest.mark.parametrize(
-    ("recipe", "num_ranks", "stage"),
-    [
-        pytest.param(*way, marks=[] if way == SAMPLE else pytest.mark.soak)
-        for way in itertools.product((LORA, FULL), (1, 2), range(4))
-    ],
+    ("recipe", "num_ranks", "stage"), itertools.product((LORA, FULL), (1, 2), range(4))
 )
 def test_killed_training_resumes_bit_exactly(
     base: Path,

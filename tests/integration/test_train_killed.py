@@ -1,7 +1,4 @@
-"""SIGKILL of a rank, the launcher or the command at random steps: training resumes bit-exactly.
-
-One seed in CI; `make soak` runs twenty.
-"""
+"""SIGKILL of a rank, the launcher or the command at random steps: training resumes bit-exactly."""
 
 from __future__ import annotations
 
@@ -75,9 +72,8 @@ def wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> Non
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize(
-    "seed", [1, *(pytest.param(seed, marks=pytest.mark.soak) for seed in range(2, 21))]
-)
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(1, 21))
 def test_training_killed_at_random_step_resumes_bit_exactly(
     data: Path, undisturbed: Path, tmp_path: Path, seed: int
 ) -> None:

@@ -51,6 +51,7 @@ def test_preprocess_works_on_file_system_without_chmod(tmp_path: Path) -> None:
     assert verify(str(tmp_path / "out" / "test")).ok
 
 
+@pytest.mark.soak
 def test_ray_starts_with_long_tmpdir(tmp_path: Path) -> None:
     directory = tmp_path / ("scratch" * 12)
     directory.mkdir()

@@ -71,6 +71,7 @@ def test_encoders_of_recipe_are_downloaded_and_then_found_offline(hub: Hub, tmp_
     assert len(hub.requests) == num_requests
 
 
+@pytest.mark.soak
 def test_pipeline_is_downloaded_with_card_but_without_other_formats(
     hub: Hub, tmp_path: Path
 ) -> None:
