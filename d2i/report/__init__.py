@@ -2,11 +2,11 @@
 
 `evaluation` and `data_split` read the files of a run; `evaluation_page` assembles the sections of
 an evaluation. `paper_tables`, `linearization_tables` and `category_tables` build the paper's tables
-as plain values (`table`), which the page renders as HTML and `markdown_export` writes as Markdown
-and CSV. `corpus_page` renders the survey of a corpus, `samples_page` prepared samples. `document`,
-`html` and `svg` are the building blocks. Every figure on a page is read from a file of the run,
-from the survey or from the shards; the paper's figures are marked as such. Must not import torch or
-ray.
+as plain values (`table`), which `markdown_export` writes as Markdown and CSV. `corpus_page` is the
+survey of a corpus, `samples_page` prepared samples. Python computes plain values; `document` fills
+the templates with them, which escape everything, and `svg` draws every chart. Every figure on a
+page is read from a file of the run, from the survey or from the shards; the paper's figures are
+marked as such. Must not import torch or ray.
 """
 
 from d2i.report.corpus_page import write_corpus_report

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from d2i.report.document import OmittedSection, Section
 from d2i.report.evaluation import Evaluation, column_names
-from d2i.report.html import OmittedSection, Section, capitalised, is_number, percent, table, text
+from d2i.report.table import Cell, Row, Table, is_number, number_cell, without_blanks
 
 _TITLE = "Attributes"
-_SHUFFLED = "with shuffled dialogs"
 _MARKS = {
     "chance": "chance",
     "true": "reference images",
     "codec": "VAE reconstructions of reference images",
 }
+Judged = Sequence[tuple[str, Mapping[str, Any]]]
 
 
 def attributes_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
@@ -26,103 +27,62 @@ def attributes_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSe
     ]
     if not judged:
         return OmittedSection(_TITLE, "no judged.json: no attributes were read from these images")
-    attributes = list(dict.fromkeys(a for _, answers in judged for a in answers["by_attribute"]))
-    groups = "".join(_group(attribute, judged) for attribute in attributes)
-    body = (
-        f'<p class="intro">{_intro(judged[-1][1])}</p>{_legend(judged)}'
-        f'<div class="bars">{groups}</div>'
-        f"<details><summary>As a table</summary>{_table(attributes, judged)}</details>"
-    )
-    return Section("attributes", _TITLE, body)
-
-
-def _intro(judged: Mapping[str, Any]) -> str:
-    count = judged.get("num_images")
-    over = f" Over {count:,} images." if isinstance(count, int) else ""
-    return f"{text(judged.get('judge', ''))}{over}{_control(judged)}"
-
-
-def _control(judged: Mapping[str, Any]) -> str:
-    """Describe the shuffled control: accuracy above chance should come from the dialog alone."""
-    accuracy = judged.get("accuracy") or {}
-    if not is_number(accuracy.get("shuffled")) or not is_number(accuracy.get("chance")):
-        return ""
-    return (
-        f" Control: the same images {_SHUFFLED} reach {percent(accuracy['shuffled'])}; chance, "
-        f"the reference images of other dialogs, is {percent(accuracy['chance'])}."
-    )
-
-
-def _legend(judged: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    systems = "".join(
-        f'<li><i class="swatch {_series(n, judged)}"></i>{text(name)}</li>'
-        for n, (name, _) in enumerate(judged)
-    )
-    shares = [values for _, answers in judged for values in answers["by_attribute"].values()]
-    marks = "".join(
-        f'<li><i class="swatch mark {field}"></i>{name}</li>'
-        for field, name in _MARKS.items()
-        if any(is_number(values.get(field)) for values in shares)
-    )
-    return f'<ul class="legend">{systems}{marks}</ul>'
-
-
-def _group(attribute: str, judged: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    rows = "".join(
-        _bar(name, answers["by_attribute"].get(attribute, {}), _series(n, judged))
-        for n, (name, answers) in enumerate(judged)
-    )
-    return f'<div class="bar-group"><h3>{capitalised(attribute)}</h3><div>{rows}</div></div>'
-
-
-def _bar(name: str, values: Mapping[str, Any], series: str) -> str:
-    share = values.get("generated")
-    if not is_number(share):
-        return ""
-    marks = "".join(
-        f'<i class="mark {field}" style="left:{_clamped(values[field])}%"></i>'
-        for field in _MARKS
-        if is_number(values.get(field))
-    )
-    return (
-        f'<div class="bar-row"><span class="hidden">{text(name)}</span><div class="track" '
-        f'aria-hidden="true"><i class="bar {series}" style="width:{_clamped(share)}%"></i>'
-        f'{marks}</div><span class="amount">{percent(share)}</span></div>'
-    )
-
-
-def _clamped(share: float) -> str:
-    return f"{100 * min(1.0, max(0.0, share)):.2f}"
-
-
-def _series(number: int, judged: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Return the CSS class of a system's bars: only the last one has the accent colour."""
-    return "last" if number == len(judged) - 1 else "earlier"
-
-
-def _table(attributes: Sequence[str], judged: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    head = ["Attribute"]
-    for name, _ in judged:
-        head += [text(name), f"{text(name)}, {_SHUFFLED}"]
-    head += [capitalised(mark) for mark in _MARKS.values()]
     last = judged[-1][1]
+    attributes = list(dict.fromkeys(a for _, answers in judged for a in answers["by_attribute"]))
+    shares = [values for _, answers in judged for values in answers["by_attribute"].values()]
+    accuracy = last.get("accuracy") or {}
+    is_controlled = is_number(accuracy.get("shuffled")) and is_number(accuracy.get("chance"))
+    values = {
+        "judge": last.get("judge", ""),
+        "num_images": last.get("num_images"),
+        "control": accuracy if is_controlled else None,
+        "systems": [name for name, _ in judged],
+        "marks": {
+            field: name
+            for field, name in _MARKS.items()
+            if any(is_number(values.get(field)) for values in shares)
+        },
+        "groups": [(attribute, _bars(attribute, judged)) for attribute in attributes],
+        "table": without_blanks(_table(attributes, judged)),
+    }
+    return Section("attributes", _TITLE, "attributes.html", values)
+
+
+def _bars(attribute: str, judged: Judged) -> list[dict[str, Any]]:
+    """Return the share of each system, and the marks on its bar; the last system stands out."""
+    found = [(name, answers["by_attribute"].get(attribute, {})) for name, answers in judged]
+    return [
+        {
+            "system": name,
+            "share": values["generated"],
+            "marks": {field: values[field] for field in _MARKS if is_number(values.get(field))},
+            "kind": "last" if name == judged[-1][0] else "earlier",
+        }
+        for name, values in found
+        if is_number(values.get("generated"))
+    ]
+
+
+def _table(attributes: Sequence[str], judged: Judged) -> Table:
+    columns = [column for name, _ in judged for column in (name, f"{name}, with shuffled dialogs")]
+    columns += [_capitalised(mark) for mark in _MARKS.values()]
     rows = [
-        (capitalised(a), _cells([answers["by_attribute"].get(a, {}) for _, answers in judged]))
+        Row(_capitalised(a), _cells([answers["by_attribute"].get(a, {}) for _, answers in judged]))
         for a in attributes
     ]
-    for group in last.get("groups") or {}:
+    for group in judged[-1][1].get("groups") or {}:
         means = [(answers.get("groups") or {}).get(group, {}) for _, answers in judged]
-        rows.append((f"All {text(group)} attributes", _cells(means)))
-    rows.append(("All", _cells([answers.get("accuracy", {}) for _, answers in judged])))
-    return table(head, rows)
+        rows.append(Row(f"All {group} attributes", _cells(means)))
+    rows.append(Row("All", _cells([answers.get("accuracy", {}) for _, answers in judged])))
+    return Table("", tuple(columns), tuple(rows), corner="Attribute")
 
 
-def _cells(columns: Sequence[Mapping[str, Any]]) -> list[str]:
+def _cells(columns: Sequence[Mapping[str, Any]]) -> tuple[Cell, ...]:
     """Return each system's accuracy and its control, then the marks, which are the same for all."""
-    cells = [_cell(values, field) for values in columns for field in ("generated", "shuffled")]
-    return cells + [_cell(columns[-1], field) for field in _MARKS]
+    found = [values.get(field) for values in columns for field in ("generated", "shuffled")]
+    found += [columns[-1].get(field) for field in _MARKS]
+    return tuple(number_cell(share, ".1%", "\N{EN DASH}") for share in found)
 
 
-def _cell(values: Mapping[str, Any], field: str) -> str:
-    share = values.get(field)
-    return percent(share) if is_number(share) else "\N{EN DASH}"
+def _capitalised(label: str) -> str:
+    return label[:1].upper() + label[1:]

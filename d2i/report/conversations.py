@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from d2i.dialog import key_order_hash
 from d2i.errors import DataError
-from d2i.report.data_split import Conversation, read_conversations
+from d2i.report.data_split import Conversation, first_of, read_conversations
+from d2i.report.document import OmittedSection, Section
+from d2i.report.embedded_images import image_uri
 from d2i.report.evaluation import Evaluation, column_names
-from d2i.report.html import OmittedSection, Section, image_tag, text
 
 NUM_CONVERSATIONS = 12
 _TITLE = "Conversations"
+_CORRECTION = re.compile(
+    r"(?:no,? wait|wait,? no|(?:sorry,? )?i meant?|actually|(?:hm+,? )?rather|scratch that|"
+    r"oh no,? (?:it was|the|an?|[io]n|at|by|to|under|out|right|after))\b",
+    re.IGNORECASE,
+)
+"""First words of a turn that corrects an earlier one."""
 
 
 def conversations_section(
@@ -24,23 +33,36 @@ def conversations_section(
     Args:
         evaluations: The systems.
         cases: The keys to show, in this order. If empty, the first keys, in their seeded order,
-            that every system kept an image of.
+            that every system kept an image of; a success on a dialog with a correction leads.
 
     Raises:
         DataError: If a case is in no data set, or no system kept its image.
     """
     groups = group_by_instances(evaluations)
     if cases:
-        return Section("conversations", _TITLE, _cases(groups, cases))
-    parts = [_part(group) for group in groups]
-    bodies = [part for part in parts if not isinstance(part, OmittedSection)]
-    if not bodies:
-        return next(part for part in parts if isinstance(part, OmittedSection))
-    return Section("conversations", _TITLE, "".join(bodies))
+        parts = [gallery(shown, group) for shown, group in _cases(groups, cases) if shown]
+        return Section("conversations", _TITLE, "conversations.html", {"galleries": parts})
+    found = [_part(group) for group in groups]
+    parts = [part for part in found if not isinstance(part, str)]
+    if not parts:
+        return OmittedSection(_TITLE, str(found[0]))
+    return Section("conversations", _TITLE, "conversations.html", {"galleries": parts})
 
 
-def render_rows(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]) -> str:
-    """Render conversations, each with its reference image and the images that systems kept.
+def gallery(
+    shown: Sequence[Conversation],
+    evaluations: Sequence[Evaluation],
+    *,
+    name: str = "",
+    chosen: str | None = None,
+) -> dict[str, Any]:
+    """Return what the page shows of conversations and of the images that systems kept.
+
+    Args:
+        shown: The conversations, in order.
+        evaluations: The systems.
+        name: A heading.
+        chosen: Why the first of those that d2i selected leads; empty if it does so by its hash.
 
     Raises:
         DataError: If a system's images cannot be read.
@@ -50,7 +72,24 @@ def render_rows(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]
         evaluation.read_images([key for key in wanted if key in evaluation.image_urls])
         for evaluation in evaluations
     ]
-    return "".join(_row(conversation, evaluations, generated) for conversation in shown)
+    rows = [_row(conversation, evaluations, generated) for conversation in shown]
+    for rank, row in enumerate(sorted(rows, key=lambda row: -(row["score"] or 0.0))):
+        row["rank"] = rank
+    is_judged = any(evaluation.judged for evaluation in evaluations)
+    return {
+        "name": name,
+        "chosen": chosen,
+        "is_judged": is_judged,
+        "system": column_names(evaluations)[-1],
+        "sorted_by": "attributes right" if is_judged else "CLIP-I",
+        "can_sort": len({row["score"] for row in rows} - {None}) > 1,
+        "kinds": [
+            kind
+            for kind in ("corrected", "right", "wrong")
+            if 0 < sum(kind in row["kinds"] for row in rows) < len(rows)
+        ],
+        "rows": rows,
+    }
 
 
 def group_by_instances(evaluations: Sequence[Evaluation]) -> list[list[Evaluation]]:
@@ -63,8 +102,16 @@ def group_by_instances(evaluations: Sequence[Evaluation]) -> list[list[Evaluatio
     return list(groups.values())
 
 
-def _cases(groups: Sequence[Sequence[Evaluation]], cases: Sequence[str]) -> str:
-    wanted, bodies = list(dict.fromkeys(cases)), []
+def is_correction(words: str) -> bool:
+    """Return whether a turn begins like a correction of an earlier one: `no wait, the blue one`."""
+    return _CORRECTION.match(words) is not None
+
+
+def _cases(
+    groups: Sequence[Sequence[Evaluation]], cases: Sequence[str]
+) -> list[tuple[list[Conversation], Sequence[Evaluation]]]:
+    """Read the requested conversations of each group of evaluations."""
+    wanted, read = list(dict.fromkeys(cases)), []
     unknown = set(wanted)
     for group in groups:
         found = {c.key: c for c in read_conversations(_data_url(group), wanted, len(wanted))}
@@ -76,7 +123,7 @@ def _cases(groups: Sequence[Sequence[Evaluation]], cases: Sequence[str]) -> str:
                     f"--case {conversation.key}: no evaluation saved its image; expected at least "
                     "one; evaluate into a new --out with --save-images all"
                 )
-        bodies.append(render_rows(shown, group))
+        read.append((shown, group))
     if unknown:
         key = next(key for key in wanted if key in unknown)
         example = read_conversations(_data_url(groups[0]), groups[0][0].image_urls, 1)
@@ -85,39 +132,60 @@ def _cases(groups: Sequence[Sequence[Evaluation]], cases: Sequence[str]) -> str:
             f"--case {key}: no instance of {_data_url(groups[0])} has this key; expected a key "
             f"from instances.jsonl{such}"
         )
-    return "".join(bodies)
+    return read
 
 
 def _data_url(evaluations: Sequence[Evaluation]) -> str:
     return str(evaluations[0].card.get("data", ""))
 
 
-def _part(evaluations: Sequence[Evaluation]) -> str | OmittedSection:
+def _part(evaluations: Sequence[Evaluation]) -> dict[str, Any] | str:
+    """Return the gallery of systems evaluated on the same instances, or why there is none."""
     keys = set(evaluations[0].image_urls).intersection(*(e.image_urls for e in evaluations))
     if not keys:
-        return OmittedSection(_TITLE, "the evaluations saved no images of the same conversation")
+        return "the evaluations saved no images of the same conversation"
     data_url = _data_url(evaluations)
     try:
-        shown = read_conversations(data_url, keys, NUM_CONVERSATIONS)
-        rows = render_rows(shown, evaluations)
+        first, chosen = _success(evaluations, keys)
+        shown = read_conversations(data_url, first, 1)
+        rest = keys - set(first)
+        shown += read_conversations(data_url, rest, NUM_CONVERSATIONS - len(shown))
+        if not shown:
+            return f"no saved image belongs to {data_url}"
+        return gallery(shown, evaluations, chosen=chosen)
     except DataError as error:
-        return OmittedSection(_TITLE, str(error))
-    if not shown:
-        return OmittedSection(_TITLE, f"no saved image belongs to {data_url}")
-    return f"{_intro(shown, evaluations)}{rows}"
+        return str(error)
 
 
-def _intro(shown: Sequence[Conversation], evaluations: Sequence[Evaluation]) -> str:
-    judged = any(evaluation.judged for evaluation in evaluations)
-    marks = (
-        " Below it are its attributes; below the others, those that a rule read from their pixels."
-        if judged
-        else ""
+def _success(evaluations: Sequence[Evaluation], keys: Collection[str]) -> tuple[list[str], str]:
+    """Find a success of the last system on a dialog with a correction; return it and the reason.
+
+    With a judge, the first by hash with every attribute right, if possible not so of the first
+    system; else the one of the highest CLIP-I.
+    """
+    last, data_url = evaluations[-1], _data_url(evaluations)
+    hashed = sorted(keys, key=lambda key: key_order_hash(key, 0))
+    if last.judged:
+        right = [key for key in hashed if _is_right(last, key)]
+        gained = [key for key in right if not _is_right(evaluations[0], key)]
+        ordered = [*gained, *(key for key in right if key not in set(gained))]
+        reason = "the judge read every attribute right"
+    else:
+        scores = {key: score for key in keys if (score := last.clip_i.get(key)) is not None}
+        ordered = sorted(scores, key=lambda key: -scores[key])
+        reason = "CLIP-I is the highest among such dialogs"
+    found = first_of(
+        data_url, ordered, lambda turns: any(is_correction(words) for _, words in turns)
     )
-    return (
-        f'<p class="intro">{len(shown)} conversations, selected by a hash of their keys, not by '
-        "hand. Each shows the context of an image; the reference image is the one that was sent."
-        f"{marks}</p>"
+    if found is None:
+        return [], ""
+    return [found], f"a turn begins like a correction, and {reason}"
+
+
+def _is_right(evaluation: Evaluation, key: str) -> bool:
+    example = _example(evaluation, key)
+    return example is not None and all(
+        example["read"].get(name) == value for name, value in example["wanted"].items()
     )
 
 
@@ -125,42 +193,48 @@ def _row(
     conversation: Conversation,
     evaluations: Sequence[Evaluation],
     generated: Sequence[Mapping[str, bytes]],
-) -> str:
+) -> dict[str, Any]:
     key = conversation.key
     examples = [_example(evaluation, key) for evaluation in evaluations]
-    wanted = next((example["wanted"] for example in examples if example), None)
+    wanted: Mapping[str, str] = next((example["wanted"] for example in examples if example), {})
+    corrections = [place for place, turn in enumerate(conversation.turns) if is_correction(turn[1])]
+    decisive = corrections[-1] if corrections else None
     shows = f": {', '.join(map(str, wanted.values()))}" if wanted else f" of {key}"
-    alt = f"Reference image{shows}"
-    figures = [_figure("Reference image", conversation.image, alt, _wanted(wanted))]
-    for name, images, example in zip(column_names(evaluations), generated, examples, strict=True):
-        alt = f"{name}: image generated for {key}"
-        figures.append(
-            _figure(name, images[key], alt, _read(example)) if key in images else _absent(name)
+    images: list[dict[str, Any]] = [
+        {
+            "name": "Reference image",
+            "uri": image_uri(conversation.image),
+            "alt": f"Reference image{shows}",
+            "wanted": wanted,
+            "read": [],
+            "is_saved": True,
+            "clip_i": None,
+        }
+    ]
+    for name, evaluation, saved, example in zip(
+        column_names(evaluations), evaluations, generated, examples, strict=True
+    ):
+        images.append(
+            {
+                "name": name,
+                "uri": image_uri(saved.get(key)),
+                "alt": f"{name}: image generated for {key}",
+                "wanted": {},
+                "read": _read(example),
+                "is_saved": key in saved,
+                "clip_i": None if example else evaluation.clip_i.get(key),
+            }
         )
-    return (
-        f'<article class="conversation" aria-label="{text(key)}">{_chat(conversation)}'
-        f'<div class="images">{"".join(figures)}</div>'
-        f'<p class="key">{text(key)}</p></article>'
-    )
-
-
-def _chat(conversation: Conversation) -> str:
-    turns = "".join(
-        f'<li dir="auto" class="{"ours" if speaker % 2 else "theirs"}">'
-        f'<span class="hidden">Speaker {speaker + 1}: </span>{text(words)}</li>'
-        for speaker, words in conversation.turns
-    )
-    return f'<ol class="chat" tabindex="0" aria-label="Conversation">{turns}</ol>'
-
-
-def _figure(name: str, data: bytes | None, alt: str, attributes: str) -> str:
-    caption = f"<figcaption>{text(name)}</figcaption>"
-    return f"<figure>{caption}{image_tag(data, alt)}{attributes}</figure>"
-
-
-def _absent(name: str) -> str:
-    caption = f"<figcaption>{text(name)}</figcaption>"
-    return f'<figure>{caption}<div class="no-image">no image saved</div></figure>'
+    kinds = ["corrected"] if corrections else []
+    if examples[-1]:
+        kinds.append("right" if _is_right(evaluations[-1], key) else "wrong")
+    return {
+        "key": key,
+        "turns": [(*turn, place == decisive) for place, turn in enumerate(conversation.turns)],
+        "images": images,
+        "kinds": kinds,
+        "score": _score(evaluations[-1], examples[-1], key),
+    }
 
 
 def _example(evaluation: Evaluation, key: str) -> Mapping[str, Any] | None:
@@ -168,33 +242,18 @@ def _example(evaluation: Evaluation, key: str) -> Mapping[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _wanted(wanted: Mapping[str, str] | None) -> str:
-    if not wanted:
-        return ""
-    items = "".join(
-        f'<li title="{text(name)}"><span class="hidden">{text(name)}: </span>{text(value)}</li>'
-        for name, value in wanted.items()
-    )
-    return f'<ul class="read wanted">{items}</ul>'
-
-
-def _read(example: Mapping[str, Any] | None) -> str:
+def _read(example: Mapping[str, Any] | None) -> list[dict[str, Any]]:
     """List the attributes that the rule read, in the wanted order, each marked right or wrong."""
     if not example:
-        return ""
-    items = (
-        _mark(attribute, value, example["read"].get(attribute))
-        for attribute, value in example["wanted"].items()
-    )
-    return f'<ul class="read">{"".join(items)}</ul>'
+        return []
+    return [
+        {"attribute": name, "wanted": wanted, "read": example["read"].get(name)}
+        for name, wanted in example["wanted"].items()
+    ]
 
 
-def _mark(attribute: str, wanted: str, read: str | None) -> str:
-    right = read == wanted
-    sign, spoken = ("✓", "right") if right else ("✗", "wrong")
-    return (
-        f'<li class="{spoken}" title="{text(attribute)}: expected {text(wanted)}">'
-        f'<span aria-hidden="true">{sign}</span>'
-        f'<span class="hidden">{text(attribute)} {spoken}: </span> '
-        f"{text(f'no {attribute}' if read is None else read)}</li>"
-    )
+def _score(evaluation: Evaluation, example: Mapping[str, Any] | None, key: str) -> float | None:
+    """Return the number of attributes that are right, else CLIP-I; None if neither is recorded."""
+    if example:
+        return float(sum(item["wanted"] == item["read"] for item in _read(example)))
+    return evaluation.clip_i.get(key)

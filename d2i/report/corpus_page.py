@@ -12,22 +12,10 @@ from os import PathLike, fspath
 from typing import Any
 
 from d2i.io import storage
-from d2i.report.document import render_document, render_header
-from d2i.report.html import (
-    OmittedSection,
-    Section,
-    capitalised,
-    card,
-    count_cells,
-    counted,
-    figure,
-    percent,
-    reason_rows,
-    table,
-    text,
-)
+from d2i.report.document import OmittedSection, Section, render_page, tables_section
 from d2i.report.lengths import lengths_section
-from d2i.report.variants import variants_section
+from d2i.report.table import Cell, Row, Table, count_cells, reason_rows
+from d2i.report.variants import meanings, variants_section
 
 _ROWS = (
     ("num_dialogs", "Dialogs", "conversations that could be read"),
@@ -41,34 +29,6 @@ _ROWS = (
         "one image with the text around it: a training or test example",
     ),
 )
-_PROBLEMS = {
-    "bad_image_ref": "the path or URL of an image is not usable",
-    "duplicate_dialog_id": "an earlier dialog has the same id; the earlier one is kept",
-    "empty_context": "an image without any context",
-    "empty_file": "the file is empty",
-    "invalid_json": "the record is not valid JSON",
-    "invalid_utf8": "the record is not valid UTF-8",
-    "mismatched_images": "the record lists more or fewer images than it has placeholders",
-    "missing_field": "a required field is missing",
-    "no_image": "the record should share an image, and shares none",
-    "repaired": "read although it is not strict JSON, for example with NaN",
-    "too_large": "the record is larger than any dialog should be",
-    "too_many_broken": "the rest of the file was skipped: too much of it was broken",
-    "truncated": "the file ends in the middle of a record",
-    "unknown_field": "a field is unknown, or resembles the name of a missing one (a typo?)",
-    "wrong_type": "a field has the wrong type, such as a number instead of a string",
-}
-_FAILURES = {
-    "decode_error": "the file is damaged",
-    "lfs_pointer": "the file is a Git LFS pointer; fetch its content with git lfs pull",
-    "missing_file": "the file does not exist",
-    "not_an_image": "the file is not an image of a supported format",
-    "odd_aspect": "the image is far wider than high, or higher than wide",
-    "read_error": "the file exists but could not be read",
-    "too_large": "the image has more pixels than is safe to decode",
-    "too_many_bytes": "the file is larger than an image should be",
-    "too_small": "the image has too few pixels",
-}
 Splits = Mapping[str, Mapping[str, Any]]
 _LEAKS_TITLE = "Leaks between splits"
 _SPLIT_WORDS = {"train": "training", "valid": "validation"}
@@ -100,98 +60,65 @@ def _page(survey: Mapping[str, Any]) -> str:
         problems_section(splits),
         images_section(splits),
     ]
-    title = f"{survey['corpus']} corpus: {survey['source']}"
-    footer = (
-        "All figures are from the survey; hover over a rounded figure for its exact value. "
-        "This page has no text and no image of the corpus."
+    return render_page(
+        "corpus.html",
+        f"{survey['corpus']} corpus: {survey['source']}",
+        sections,
+        totals={name: sum(found[name] for found in splits.values()) for name, _, _ in _ROWS},
+        licence=survey["licence"],
+        instances=[(split, found["num_instances"], ",") for split, found in splits.items()],
+        too_long=[
+            (split, found["lengths"]["share_over"], ".1%")
+            for split, found in splits.items()
+            if found["lengths"]["share_over"] is not None
+        ],
+        rooms=sorted({found["lengths"]["room"] for found in splits.values()}),
+        leaks=_leaks_card(survey),
     )
-    return render_document(title, _header(title, survey), sections, footer)
 
 
-def _header(title: str, survey: Mapping[str, Any]) -> str:
-    splits = survey["splits"].values()
-    totals = {name: sum(found[name] for found in splits) for name, _, _ in _ROWS}
-    heading = (
-        f"{counted(totals['num_dialogs'], 'dialog')}, "
-        f"images shared {counted(totals['num_occurrences'], 'time')}"
-    )
-    lead = (
-        f"They give <strong>{counted(totals['num_instances'], 'instance')}</strong>. An instance "
-        "is one image with the text around it: a training or test example. "
-        "This page shows only numbers and settings, no text and no image of the corpus. "
-        f"Licence of the corpus: {text(survey['licence'])}"
-    )
-    cards = [_instances_card(survey), _lengths_card(survey), _leaks_card(survey)]
-    return render_header(title, heading, lead, "".join(cards))
-
-
-def _instances_card(survey: Mapping[str, Any]) -> str:
-    values = [
-        (split, figure(found["num_instances"], ",")) for split, found in survey["splits"].items()
-    ]
-    return card("Instances", values, "per split of the corpus")
-
-
-def _lengths_card(survey: Mapping[str, Any]) -> str:
-    lengths = {split: found["lengths"] for split, found in survey["splits"].items()}
-    values = [
-        (split, percent(measured["share_over"]))
-        for split, measured in lengths.items()
-        if measured["share_over"] is not None
-    ]
-    rooms = sorted({measured["room"] for measured in lengths.values()})
-    room = " or ".join(figure(tokens, ",") for tokens in rooms)
-    note = f"exceed the limit of {room} tokens; measured on a sample of each split"
-    return card("Contexts over the limit", values, note) if values else ""
-
-
-def _leaks_card(survey: Mapping[str, Any]) -> str:
+def _leaks_card(survey: Mapping[str, Any]) -> dict[str, Any] | None:
     leaks = survey["leaks"]
     if len(survey["splits"]) < 2 and not leaks["counts"]:
-        return ""
-    looked = "counted too" if leaks["near"] else "not searched for"
-    note = f"have an image that is also in a held-out split; near-duplicates were {looked}"
-    values = [(name, figure(number, ",")) for name, number in named_leaks(leaks["counts"])]
-    return card("Leaked instances", values or [("between splits", "none")], note)
+        return None
+    values = [(name, number, ",") for name, number in named_leaks(leaks["counts"])]
+    return {"values": values or [("between splits", "none", "")], "near": leaks["near"]}
 
 
-def _counts_section(splits: Mapping[str, Mapping[str, Any]]) -> Section:
-    rows = [
-        (f"{name}<small>{meaning}</small>", _cells(field, splits)) for field, name, meaning in _ROWS
-    ]
-    head = ["", *map(text, splits), *(["all"] if len(splits) > 1 else [])]
-    return Section("counts", "Counts", table(head, rows))
+def _counts_section(splits: Splits) -> Section | OmittedSection:
+    rows = [Row(name, _cells(field, splits), note=meaning) for field, name, meaning in _ROWS]
+    tables = [Table("", _columns(splits), tuple(rows))]
+    return tables_section("counts", "Counts", tables, omitted="the corpus has no split")
 
 
-def _cells(field: str, splits: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _cells(field: str, splits: Splits) -> tuple[Cell, ...]:
     cells = count_cells(found[field] for found in splits.values())
     if field == "num_images" and len(splits) > 1:
         # A sum would count an image that two splits share twice.
-        cells[-1] = '<span class="absent">not counted</span>'
+        return (*cells[:-1], Cell(blank="not counted"))
     return cells
 
 
-def problems_section(splits: Splits) -> Section:
+def problems_section(splits: Splits) -> Section | OmittedSection:
     """Count record issues by reason, with the first case of each."""
     title = "Record issues"
-    counts = {split: found["problems"] for split, found in splits.items()}
     first: dict[str, Mapping[str, str]] = {}
     for found in splits.values():
         for reason, case in found["first_problems"].items():
             first.setdefault(reason, case)
-    rows = reason_rows(counts.values(), lambda reason: _problem(reason, first.get(reason)))
-    if not rows:
-        return Section("problems", title, "<p>No record has an issue.</p>")
+
+    def heading(reason: str) -> tuple[str, str]:
+        name, note = _heading(reason, "record_issues")
+        case = first.get(reason)
+        return name, f"{note} (first: {case['where']}: {case['detail']})" if case else note
+
+    rows = reason_rows([found["problems"] for found in splits.values()], heading)
     intro = (
-        '<p class="intro">Broken records are skipped and counted by reason, and never repaired '
-        "silently. Each reason names its first case.</p>"
+        "Broken records are skipped and counted by reason, and never repaired silently. Each "
+        "reason names its first case."
     )
-    return Section("problems", title, intro + table(_head(counts), rows))
-
-
-def _problem(reason: str, first: Mapping[str, str] | None) -> str:
-    case = f"<small>first: {text(first['where'])}: {text(first['detail'])}</small>" if first else ""
-    return f"{_heading(reason, _PROBLEMS)}{case}"
+    tables = [Table("", _columns(splits), tuple(rows))]
+    return tables_section("problems", title, tables, intro=intro, omitted="no record has an issue")
 
 
 def images_section(splits: Splits) -> Section | OmittedSection:
@@ -200,27 +127,30 @@ def images_section(splits: Splits) -> Section | OmittedSection:
     looked = {split: found["pictures"] for split, found in splits.items() if found["pictures"]}
     if not looked:
         return OmittedSection(title, "the image files were not opened")
-    failures = [found["failures"] for found in looked.values()]
     rows = [
-        (
-            "Read<small>the file exists and is a complete image</small>",
+        Row(
+            "Read",
             count_cells(found["num_read"] for found in looked.values()),
+            note="the file exists and is a complete image",
         ),
-        *reason_rows(failures, lambda reason: _heading(reason, _FAILURES)),
+        *reason_rows(
+            [found["failures"] for found in looked.values()],
+            lambda reason: _heading(reason, "image_failures"),
+        ),
     ]
-    others = ", ".join(text(split) for split in splits if split not in looked)
+    others = ", ".join(split for split in splits if split not in looked)
     rest = f" Those of {others} were not opened." if others else ""
-    intro = f'<p class="intro">Every distinct image file of a split was opened once.{rest}</p>'
-    return Section("images", title, intro + table(_head(looked), rows))
+    intro = f"Every distinct image file of a split was opened once.{rest}"
+    tables = [Table("", _columns(looked), tuple(rows))]
+    return tables_section("images", title, tables, intro=intro)
 
 
-def _head(columns: Mapping[str, Any]) -> list[str]:
-    return ["", *map(text, columns), *(["all"] if len(columns) > 1 else [])]
+def _columns(splits: Mapping[str, Any]) -> tuple[str, ...]:
+    return (*splits, *(["all"] if len(splits) > 1 else []))
 
 
-def _heading(reason: str, meanings: Mapping[str, str]) -> str:
-    small = f"<small>{meanings[reason]}</small>" if reason in meanings else ""
-    return capitalised(reason.replace("_", " ")) + small
+def _heading(reason: str, kind: str) -> tuple[str, str]:
+    return reason.replace("_", " ").capitalize(), meanings(kind).get(reason, "")
 
 
 def named_leaks(counts: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
@@ -232,65 +162,34 @@ def named_leaks(counts: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
 
 
 def leaks_section(survey: Mapping[str, Any]) -> Section | OmittedSection:
-    """Render the leaks found, the searches not made, and how to exclude the leaks."""
+    """Show the leaks found, the searches not made, and how to exclude the leaks."""
     splits, leaks = survey["splits"], survey["leaks"]
     if len(splits) < 2 and not leaks["counts"]:
         return OmittedSection(_LEAKS_TITLE, "the corpus has fewer than two splits")
-    intro = (
-        '<p class="intro">A leak is an instance whose image is also in a split held out for '
-        "evaluation: a model trained on it has seen the answer. No image of test should be in "
-        "train or valid, and no image of valid in train.</p>"
-    )
     largest_first = sorted(leaks["counts"], key=lambda count: -count["num_instances"])
-    findings = "".join(f"<li>{_sentence(count, splits)}</li>" for count in largest_first)
-    found = f'<ul class="findings">{findings}</ul>' if findings else _nothing(leaks["near"])
-    return Section(
-        "leaks",
-        _LEAKS_TITLE,
-        intro + found + _looked(leaks["near"]) + (_remedy(survey) if findings else ""),
-    )
+    values = {
+        "near": leaks["near"],
+        "findings": [_finding(count, splits) for count in largest_first],
+        "corpus": shlex.join(
+            ["--corpus", str(survey["corpus"]), "--source", str(survey["source"])]
+        ),
+    }
+    return Section("leaks", _LEAKS_TITLE, "leaks.html", values)
 
 
-def _sentence(count: Mapping[str, Any], splits: Mapping[str, Mapping[str, Any]]) -> str:
-    split, other = count["split"], text(count["other_split"])
-    num_instances, word = count["num_instances"], text(_SPLIT_WORDS.get(split, split))
-    verb = "has" if num_instances == 1 else "have"
-    similarity = {
-        "shared_image": f"an image that is also in {other}",
-        "near_duplicate": f"a near-duplicate of an image in {other}",
-    }.get(count["reason"], f"an image of {other} ({text(count['reason'])})")
+def _finding(count: Mapping[str, Any], splits: Splits) -> dict[str, Any]:
+    split, other, num_instances = count["split"], count["other_split"], count["num_instances"]
     of_all = splits.get(split, {}).get("num_instances", 0)
     share = num_instances / of_all if of_all else 0.0
-    beside = f"{percent(share)} of {text(split)}; " if share >= _LEAST_SHARE else ""
-    return (
-        f"<strong>{figure(num_instances, ',')}</strong> {word} "
-        f"{'instance' if num_instances == 1 else 'instances'} {verb} {similarity} "
-        f"<small>{beside}{counted(count['num_images'], 'image')} of {other}</small>"
-    )
-
-
-def _nothing(near: bool) -> str:
-    near_note = ", nor a near-duplicate of one" if near else ""
-    return f"<p>No split has an image of another split{near_note}.</p>"
-
-
-def _looked(near: bool) -> str:
-    if near:
-        return (
-            '<p class="note">Near-duplicates, such as a smaller copy under another name, were '
-            "searched for by perceptual hash; a few matches may be due to chance.</p>"
-        )
-    return (
-        '<p class="warning">Near-duplicates were not searched for, because no image file was read: '
-        "a copy of an image under another name is not counted.</p>"
-    )
-
-
-def _remedy(survey: Mapping[str, Any]) -> str:
-    corpus = shlex.join(["--corpus", str(survey["corpus"]), "--source", str(survey["source"])])
-    return (
-        "<h3>Exclude the leaks</h3><p>List them with the same options as this survey, then prepare "
-        "the data without them (\N{HORIZONTAL ELLIPSIS} stands for your other options):</p>"
-        f"<pre><code>d2i corpus {text(corpus)} --leaks leaks.jsonl\n"
-        f"d2i preprocess {text(corpus)} --exclude leaks.jsonl \N{HORIZONTAL ELLIPSIS}</code></pre>"
-    )
+    return {
+        "num_instances": num_instances,
+        "num_images": count["num_images"],
+        "split": split,
+        "other": other,
+        "kind": _SPLIT_WORDS.get(split, split),
+        "image": {
+            "shared_image": f"an image that is also in {other}",
+            "near_duplicate": f"a near-duplicate of an image in {other}",
+        }.get(count["reason"], f"an image of {other} ({count['reason']})"),
+        "share": share if share >= _LEAST_SHARE else None,
+    }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,17 @@ from d2i.io import storage
 from d2i.shards import ShardReader
 from d2i.shards.manifest import MANIFEST_NAME, Manifest, read_manifest
 
+Turns = tuple[tuple[int, str], ...]
+"""The turns of a conversation: number of the speaker, text."""
+_MAX_TRIED = 100
+
 
 @dataclass(frozen=True)
 class Conversation:
     """One sample: its key, its turns as (speaker number, text), and the source image's bytes."""
 
     key: str
-    turns: tuple[tuple[int, str], ...]
+    turns: Turns
     image: bytes | None
 
 
@@ -44,7 +48,22 @@ def read_conversations(data_url: str, keys: Collection[str], count: int) -> list
     ]
 
 
-def speaking_turns(context: Sequence[dict[str, Any]]) -> tuple[tuple[int, str], ...]:
+def first_of(data_url: str, keys: Sequence[str], is_wanted: Callable[[Turns], bool]) -> str | None:
+    """Return the first of the first hundred keys whose turns are wanted, if any.
+
+    Raises:
+        ShardError: If the data set cannot be read.
+    """
+    _check_local(data_url)
+    reader = ShardReader(data_url)
+    places = {key: place for place, key in enumerate(reader.keys)}
+    for key in keys[:_MAX_TRIED]:
+        if key in places and is_wanted(speaking_turns(reader.read_json(places[key])["context"])):
+            return key
+    return None
+
+
+def speaking_turns(context: Sequence[dict[str, Any]]) -> Turns:
     """Number the speakers from 0; leave out turns without text, and those of `NO_SPEAKER`.
 
     A turn with an unnamed speaker answers the turn before it, as in `d2i.dialog.linearize`.

@@ -7,13 +7,15 @@ import json
 import tarfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from os import PathLike, fspath
 from typing import Any
 
 from d2i.errors import DataError
 from d2i.io import checksums, markers, parse, storage
 from d2i.metric_specs import METRICS
-from d2i.report.paper_rows import label_of
+from d2i.report.paper_rows import label_of, proven_label
+from d2i.report.table import is_number
 
 _WRITE_AGAIN = "repeat the command that wrote it"
 _GENERATE_AGAIN = (
@@ -66,8 +68,21 @@ class Evaluation:
 
     @property
     def label(self) -> str:
-        """Name of the system in headings."""
+        """Name of the system, as its card has it."""
         return label_of(self.card) or self.url
+
+    @property
+    def proven_label(self) -> str:
+        """Name of the system in headings; what its card does not prove is marked as a label."""
+        return proven_label(self.card) or self.url
+
+    @cached_property
+    def clip_i(self) -> dict[str, float]:
+        """CLIP-I of each image by key, from `instances.jsonl`; empty if it does not exist."""
+        url = storage.join(self.url, "instances.jsonl")
+        lines = storage.read_bytes(url).splitlines() if storage.exists(url) else []
+        rows = [parse.parse_json(line, url, next_step=_WRITE_AGAIN) for line in lines]
+        return {str(r["key"]): r["clip_i"] for r in rows if is_number(r.get("clip_i"))}
 
     def read_images(self, keys: Collection[str]) -> dict[str, bytes]:
         """Read the PNG bytes of the named keys, in one pass over each tar that holds any.
@@ -133,11 +148,12 @@ def read_json(url: str) -> dict[str, Any] | None:
 def column_names(evaluations: Sequence[Evaluation]) -> list[str]:
     """Return the column headings: Before and After for a fine-tuned pair, else the labels.
 
-    Labels that would be equal get the name of their directory.
+    A pair is a run and the weights that it began with, by the sha256 in both metric cards. Labels
+    that would be equal get the name of their directory.
     """
     if _is_before_and_after(evaluations):
         return ["Before", "After"]
-    return disambiguate([evaluation.label for evaluation in evaluations], evaluations)
+    return disambiguate([evaluation.proven_label for evaluation in evaluations], evaluations)
 
 
 def disambiguate(names: Sequence[str], evaluations: Sequence[Evaluation]) -> list[str]:
@@ -195,10 +211,22 @@ def _is_before_and_after(evaluations: Sequence[Evaluation]) -> bool:
     if len(evaluations) != 2:
         return False
     before, after = evaluations
-    same_backbone = before.label.partition(",")[0] == after.label.partition(",")[0]
-    is_scratch = (after.card.get("initial_weights") or {}).get("file") == "scratch"
-    is_of_run = bool(after.card.get("run")) and not before.card.get("run")
-    return same_backbone and is_of_run and not is_scratch
+    is_recorded = all("sha256" in (e.card.get("initial_weights") or {}) for e in evaluations)
+    return is_recorded and is_baseline(before, after)
+
+
+def is_baseline(before: Evaluation, after: Evaluation) -> bool:
+    """Return whether `before` is the network that the run of `after` began with, on its text."""
+    if before.card.get("run") or not after.card.get("run") or not after.card.get("backbone"):
+        return False
+    same = ("backbone", "changed_sizes", "text", "context")
+    if any(before.card.get(name) != after.card.get(name) for name in same):
+        return False
+    start, own = (e.card.get("initial_weights") or {} for e in (before, after))
+    if own.get("file") == "scratch":
+        return False
+    # Older cards do not record the hash.
+    return "sha256" not in start or "sha256" not in own or start["sha256"] == own["sha256"]
 
 
 def _image_urls(url: str) -> dict[str, str]:

@@ -14,9 +14,9 @@ from d2i.io import storage
 from d2i.metric_specs import METRICS
 from d2i.report.attributes import attributes_section
 from d2i.report.category_tables import figure5, labelled, read_categories
-from d2i.report.conversations import conversations_section, group_by_instances, render_rows
+from d2i.report.conversations import conversations_section, gallery, group_by_instances
 from d2i.report.data_split import read_conversations
-from d2i.report.document import render_document, render_header
+from d2i.report.document import OmittedSection, Section, render_page, tables_section
 from d2i.report.evaluation import (
     MAX_NAMED,
     Evaluation,
@@ -24,33 +24,21 @@ from d2i.report.evaluation import (
     group_comparable,
     read_evaluation,
 )
-from d2i.report.html import (
-    OmittedSection,
-    Section,
-    card,
-    duration,
-    figure,
-    is_number,
-    percent,
-    table,
-    text,
-)
 from d2i.report.linearization_tables import context_ablation, table3
 from d2i.report.markdown_export import write_csv, write_markdown
-from d2i.report.paper_rows import paper_table2
+from d2i.report.paper_rows import PUBLISHED_EXTRACTOR, paper_table2
 from d2i.report.paper_tables import table2, table5
 from d2i.report.preparation import preparation_section
 from d2i.report.scores_section import scores_section
-from d2i.report.table import Cell, Row, Table, shown
+from d2i.report.table import Cell, Row, Table, is_number, rounded, without_blanks
 from d2i.report.training import training_section
 
 _CASES_TITLE = "Cases"
 DEFAULT_TITLE = "d2i report"
-_SENTENCE = "From a conversation to the image that answers it"
 _TIMES_TITLE = "Times"
 _NUM_SHOWN = 4
-_SYSTEMS, _LINEARIZATIONS = "Systems", "Linearizations"
-_LISTENING, _CATEGORIES = "Context ablation", "Scores by category"
+_OTHER_EXTRACTOR = "Not comparable with published FIDs, which are on Inception."
+_CATEGORIES = "Scores by category"
 
 
 def write_report(
@@ -125,12 +113,23 @@ def _page(
     title: str | None,
     parts: Collection[str] | None,
 ) -> str:
+    systems, variants = _tables_of_paper(evaluations), table3(evaluations)
+    ablations = context_ablation(evaluations)
+    elsewhere = {row.card for t in (*systems, *variants, *ablations) for row in t.rows}
     sections = [
         conversations_section(evaluations),
-        scores_section(evaluations),
-        systems_section(evaluations),
-        linearizations_section(evaluations),
-        context_ablation_section(evaluations),
+        scores_section(evaluations, elsewhere),
+        tables_section(
+            *("table2", "Systems", systems), omitted="no evaluation is on PhotoChat or MMDialog"
+        ),
+        tables_section(
+            *("table3", "Linearizations", variants),
+            omitted="no system was evaluated with more than one linearization",
+        ),
+        tables_section(
+            *("listening", "Context ablation", ablations),
+            omitted="no system was evaluated with more than one value of --context",
+        ),
         categories_section(evaluations),
         attributes_section(evaluations),
         training_section(evaluations),
@@ -144,72 +143,99 @@ def _page(
     return _render(evaluations, sections, title or DEFAULT_TITLE)
 
 
+def _tables_of_paper(evaluations: Sequence[Evaluation]) -> list[Table]:
+    """Return Table 2 of the paper's corpora; on others, the scores stand side by side."""
+    return table2([e for e in evaluations if paper_table2(str(e.card.get("corpus")))])
+
+
 def _render(
     evaluations: Sequence[Evaluation], sections: Sequence[Section | OmittedSection], title: str
 ) -> str:
-    footer = (
-        "All figures are read from the files of the run; hover over a rounded figure for its exact "
-        "value."
-    )
-    return render_document(title, page_header(evaluations, title), sections, footer)
-
-
-def page_header(evaluations: Sequence[Evaluation], title: str | None) -> str:
-    """Render the heading, the evaluated systems, and up to three headline numbers."""
-    cards = (
-        [_accuracy(evaluations), _score(evaluations, "fid"), _score(evaluations, "clip_i")]
-        if len(evaluations) <= MAX_NAMED
-        else []
-    )
-    return render_header(title or DEFAULT_TITLE, _SENTENCE, _sentence(evaluations), "".join(cards))
-
-
-def _sentence(evaluations: Sequence[Evaluation]) -> str:
     card = evaluations[-1].card
-    found, data = card.get("found"), str(card.get("data", "")).rstrip("/")
-    count = f"{figure(found, ',')} conversations" if is_number(found) else "conversations"
-    split = f" of the {text(data.rpartition('/')[2])} split" if data else ""
-    if len(evaluations) > MAX_NAMED:
-        return f"{figure(len(evaluations), ',')} evaluations side by side."
-    labels = [f"<strong>{text(evaluation.label)}</strong>" for evaluation in evaluations]
-    systems = " and ".join(filter(None, [", then ".join(labels[:-1]), labels[-1]]))
-    return f"Images generated for {count}{split} by {systems}."
+    is_few = len(evaluations) <= MAX_NAMED
+    warned = _warned(evaluations)
+    cards = _cards(evaluations, warned) if is_few else []
+    return render_page(
+        "evaluation.html",
+        title,
+        sections,
+        labels=[evaluation.proven_label for evaluation in evaluations],
+        is_few=is_few,
+        found=card.get("found") if is_number(card.get("found")) else None,
+        split=str(card.get("data", "")).rstrip("/").rpartition("/")[2],
+        cards=cards,
+        cautions=[_caution(warning, names, evaluations) for warning, names in warned.items()],
+    )
 
 
-def _accuracy(evaluations: Sequence[Evaluation]) -> str:
+def _caution(warning: str, warned: Sequence[str], evaluations: Sequence[Evaluation]) -> str:
+    """Name the systems that a warning applies to, unless it applies to all."""
+    if len(warned) == len(evaluations):
+        return f"{warning}."
+    more = f" and {len(warned) - MAX_NAMED} more" if len(warned) > MAX_NAMED else ""
+    return f"{'; '.join(warned[:MAX_NAMED])}{more}: {warning}."
+
+
+def _warned(evaluations: Sequence[Evaluation]) -> dict[str, list[str]]:
+    """Return each warning once, with the systems that it applies to."""
+    of: dict[str, list[str]] = {}
+    for name, evaluation in zip(column_names(evaluations), evaluations, strict=True):
+        for warning in evaluation.warnings:
+            of.setdefault(warning, []).append(name)
+    return of
+
+
+def _cards(evaluations: Sequence[Evaluation], warned: dict[str, list[str]]) -> list[dict[str, Any]]:
+    """Return the headline numbers; the warnings about one of them are moved beside it."""
+    names = column_names(evaluations)
+    found = [_accuracy(evaluations, names)]
+    for key in ("fid", "clip_i"):
+        card = _score(evaluations, names, key)
+        if card:
+            own = [warning for warning in warned if warning.startswith(f"{METRICS[key].title} ")]
+            card["cautions"] += [_caution(w, warned.pop(w), evaluations) for w in own]
+        found.append(card)
+    return [card for card in found if card]
+
+
+def _accuracy(evaluations: Sequence[Evaluation], names: Sequence[str]) -> dict[str, Any] | None:
     accuracies = [(evaluation.judged or {}).get("accuracy") for evaluation in evaluations]
     if not all(accuracies):
-        return ""
+        return None
     shares = [accuracy["generated"] for accuracy in accuracies if accuracy]
-    last = accuracies[-1] or {}
+    last, judged = accuracies[-1] or {}, evaluations[-1].judged or {}
     beside = [
-        f"{name} {percent(last[field])}"
+        f"{name} {rounded(last[field], '.1%')}"
         for field, name in (("true", "reference images"), ("chance", "chance"))
         if is_number(last.get(field))
     ]
     beside += [
-        f"{text(group)} only {percent(means['generated'])}"
-        for group, means in ((evaluations[-1].judged or {}).get("groups") or {}).items()
+        f"{group} only {rounded(means['generated'], '.1%')}"
+        for group, means in (judged.get("groups") or {}).items()
     ]
-    note = f"read from the pixels by a rule; {', '.join(beside)}"
-    return _card("Attribute accuracy", [percent(share) for share in shares], evaluations, note)
+    return {
+        "title": "Attribute accuracy",
+        "values": list(zip(names, shares, [".1%"] * len(names), strict=True)),
+        "note": f"read from the pixels by a rule; {', '.join(beside)}",
+        "cautions": [],
+    }
 
 
-def _score(evaluations: Sequence[Evaluation], name: str) -> str:
-    values = [evaluation.scores.get(name) for evaluation in evaluations]
+def _score(
+    evaluations: Sequence[Evaluation], names: Sequence[str], key: str
+) -> dict[str, Any] | None:
+    values = [evaluation.scores.get(key) for evaluation in evaluations]
     if len(group_comparable(evaluations)) > 1 or not all(is_number(value) for value in values):
-        return ""
-    metric = METRICS[name]
-    extractor = evaluations[0].card.get("extractor", "?")
-    beside = f"on {text(extractor)}" if metric.is_on_extractor else metric.note
-    note = f"{metric.direction}; {beside}"
-    shown = [figure(v, metric.spec) for v in values if v is not None]
-    return _card(metric.title, shown, evaluations, note)
-
-
-def _card(title: str, values: list[str], evaluations: Sequence[Evaluation], note: str) -> str:
-    named = list(zip(column_names(evaluations), values, strict=True))
-    return card(title, named, note, is_sequence=True)
+        return None
+    metric, extractor = METRICS[key], evaluations[0].card.get("extractor", "?")
+    beside = f"on {extractor}" if metric.is_on_extractor else metric.note
+    is_own = metric.is_on_extractor and extractor != PUBLISHED_EXTRACTOR
+    return {
+        "title": metric.title,
+        "values": [(name, v, metric.spec) for name, v in zip(names, values, strict=True)],
+        "note": f"{metric.direction}; {beside}",
+        "cautions": [_OTHER_EXTRACTOR] if is_own else [],
+    }
 
 
 def stages_section(times: Mapping[str, Any] | None) -> Section | OmittedSection:
@@ -218,43 +244,25 @@ def stages_section(times: Mapping[str, Any] | None) -> Section | OmittedSection:
     if not times or not stages:
         return OmittedSection(_TIMES_TITLE, "the stages were not timed; `d2i demo` times them")
     total_s = sum(stage["seconds"] for stage in stages)
-    machine = f" on {text(times['machine'])}" if times.get("machine") else ""
-    rows = "".join(_stage(stage, total_s) for stage in stages)
-    intro = f'<p class="intro">{duration(total_s)} in total{machine}.</p>'
-    return Section("times", _TIMES_TITLE, f'{intro}<ol class="stages">{rows}</ol>')
+    values = {"machine": times.get("machine"), "total_s": total_s, "stages": stages}
+    return Section("times", _TIMES_TITLE, "stages.html", values, is_folded=True)
 
 
-def _stage(stage: Mapping[str, Any], total_s: float) -> str:
-    share = 100 * stage["seconds"] / total_s if total_s else 0.0
-    command = f"<code>{text(stage['command'])}</code>" if stage.get("command") else ""
-    details = [stage.get("detail"), "last attempt only" if stage.get("resumed") else None]
-    detail = "".join(f'<span class="detail">{text(d)}</span>' for d in details if d)
-    return (
-        f'<li><div class="stage-head"><strong>{text(stage.get("name", "stage"))}</strong>{detail}'
-        f'<span class="amount">{duration(stage["seconds"])}</span></div>'
-        f'<div class="track" aria-hidden="true"><i class="bar last" style="width:{share:.2f}%"></i>'
-        f"</div>{command}</li>"
-    )
-
-
-def cards_section(evaluations: Sequence[Evaluation]) -> Section:
+def cards_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Show every field of every card and every score, unrounded, and mark those that differ."""
     cards = [dict(_flat({"scores": e.scores, "card": e.card})) for e in evaluations]
-    fields = dict.fromkeys(field for card in cards for field in card)
     rows = [
-        (
-            _marked(field, len({repr(card.get(field)) for card in cards}) > 1),
-            [f"<code>{text(card.get(field, 'absent'))}</code>" for card in cards],
+        Row(
+            field,
+            tuple(Cell(str(card.get(field, "absent")), is_code=True) for card in cards),
+            differs=len({repr(card.get(field)) for card in cards}) > 1,
         )
-        for field in fields
+        for field in dict.fromkeys(field for card in cards for field in card)
     ]
     differs = " A dot marks the fields that differ." if len(cards) > 1 else ""
-    intro = (
-        '<p class="intro">Everything that the scores depend on, as stored in the files.'
-        f"{differs}</p>"
-    )
-    head = ["Field", *(text(name) for name in column_names(evaluations))]
-    return Section("cards", "Metric cards", intro + table(head, rows))
+    intro = f"Everything that the scores depend on, as stored in the files.{differs}"
+    table = Table("", tuple(column_names(evaluations)), tuple(rows), corner="Field")
+    return tables_section("cards", "Metric cards", [table], intro=intro, is_folded=True)
 
 
 def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -266,33 +274,12 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + name, value
 
 
-def _marked(field: str, differs: bool) -> str:
-    mark = '<span class="differs"><span class="hidden"> (differs)</span></span>' if differs else ""
-    return text(field) + mark
-
-
-def systems_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
-    """Show Table 2."""
-    tables = table2(evaluations)
-    return _section("table2", _SYSTEMS, tables, "no metric card records its corpus")
-
-
-def linearizations_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
-    """Show Table 3."""
-    reason = "no system was evaluated with more than one linearization"
-    return _section("table3", _LINEARIZATIONS, table3(evaluations), reason)
-
-
-def context_ablation_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
-    """Show how the scores change when a system gets less than the whole dialog."""
-    reason = "no system was evaluated with more than one value of --context"
-    return _section("listening", _LISTENING, context_ablation(evaluations), reason)
-
-
 def recipes_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
     """Show Table 5 if an evaluation is on one of the paper's corpora."""
-    tables = [table5()] if any(paper_table2(str(e.card.get("corpus"))) for e in evaluations) else []
-    return _section("table5", "Recipes", tables, "no evaluation is on PhotoChat or MMDialog")
+    is_of_paper = any(paper_table2(str(e.card.get("corpus"))) for e in evaluations)
+    reason = "no evaluation is on PhotoChat or MMDialog"
+    tables = [table5()] if is_of_paper else []
+    return tables_section("table5", "Recipes", tables, omitted=reason, is_folded=True)
 
 
 def categories_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSection:
@@ -304,60 +291,25 @@ def categories_section(evaluations: Sequence[Evaluation]) -> Section | OmittedSe
         )
     try:
         scored = [evaluation for evaluation in chosen if read_categories(evaluation)]
-        tables = figure5(chosen)
-        galleries = _galleries(scored) if tables else ""
+        tables = [without_blanks(table) for table in figure5(chosen)]
+        if tables:
+            values = {"tables": tables, "galleries": _galleries(scored)}
+            return Section("figure5", _CATEGORIES, "categories.html", values)
     except DataError as error:
         return OmittedSection(_CATEGORIES, str(error))
-    if not scored:
-        return OmittedSection(
-            _CATEGORIES, "no evaluation has categories.json; eval/figure5.py writes it"
-        )
-    if not tables:
-        return OmittedSection(
-            _CATEGORIES, "no label of the data set belongs to one of the categories"
-        )
-    return Section("figure5", _CATEGORIES, "".join(map(render_table, tables)) + galleries)
+    if scored:
+        reason = "no label of the data set belongs to one of the categories"
+    else:
+        reason = "no evaluation has categories.json; eval/figure5.py writes it"
+    return OmittedSection(_CATEGORIES, reason)
 
 
-def render_table(made: Table) -> str:
-    """Render a table with its notes."""
-    rows = [(text(row.heading), [_cell(cell, row) for cell in row.cells]) for row in made.rows]
-    notes = "".join(f'<p class="intro">{text(note)}</p>' for note in made.notes)
-    return table(["", *map(text, made.columns)], rows, text(made.title)) + notes
-
-
-def _section(
-    anchor: str, title: str, tables: Sequence[Table], reason: str
-) -> Section | OmittedSection:
-    if not tables:
-        return OmittedSection(title, reason)
-    return Section(anchor, title, "".join(map(render_table, tables)))
-
-
-def _cell(cell: Cell, row: Row) -> str:
-    if cell.value is None:
-        return ""
-    label = text(shown(cell).replace("-", "\N{MINUS SIGN}"))
-    if isinstance(cell.value, str):
-        return text(cell.value)
-    source = row.paper if cell.by_paper else row.card
-    kind = ' class="paper"' if cell.by_paper else ""
-    hover = text(f"{cell.value!r}; {source}")
-    figure = f'<data{kind} value="{cell.value!r}" title="{hover}">{label}</data>'
-    if cell.interval is None:
-        return figure
-    low, high = (format(end, cell.spec).replace("-", "\N{MINUS SIGN}") for end in cell.interval)
-    return f"{figure} <small>{low} to {high}</small>"
-
-
-def _galleries(evaluations: Sequence[Evaluation]) -> str:
+def _galleries(evaluations: Sequence[Evaluation]) -> list[dict[str, Any]]:
     """Show conversations of each category, for the systems evaluated on the same ones."""
     same = group_by_instances(evaluations)[0]
-    found = (read_categories(same[0]) or {}).get("categories", ())
-    return "".join(_gallery(same, scores["name"], scores["keys"]) for scores in found)
-
-
-def _gallery(evaluations: Sequence[Evaluation], name: str, keys: Sequence[str]) -> str:
-    generated = {*keys}.intersection(*(e.image_urls for e in evaluations))
-    shown_rows = read_conversations(str(evaluations[0].card.get("data")), generated, _NUM_SHOWN)
-    return f"<h3>{text(name)}</h3>" + render_rows(shown_rows, evaluations)
+    shown = []
+    for scores in (read_categories(same[0]) or {}).get("categories", ()):
+        kept = {*scores["keys"]}.intersection(*(e.image_urls for e in same))
+        found = read_conversations(str(same[0].card.get("data")), kept, _NUM_SHOWN)
+        shown.append(gallery(found, same, name=scores["name"]))
+    return shown

@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from d2i.report.html import OmittedSection, Section, counted, figure, percent, table, text
-from d2i.report.svg import Box, axes, axis_names, ticks
+from d2i.report.document import OmittedSection, Section
+from d2i.report.svg import Chart, bar_chart
+from d2i.report.table import Cell, Row, Table
 
 _TITLE = "Context lengths"
-_NUM_TICKS = 4
 # Least distance between two labels below the plot, as a share of its width.
 _LABEL_SHARE = 0.12
-# If the token limit is beyond this percentage of the width, there is no space for a label right of
-# it.
-_NARROW_BEYOND = 60
 _CUT = {
     "end": "longer ones are truncated at the start, which keeps the latest turns",
     "start": "longer ones are truncated at the end, which keeps the first turns",
@@ -27,42 +24,18 @@ def lengths_section(
     """Plot the lengths of each split whose contexts were measured; `options` are those of text."""
     if not any(found["lengths"]["num_sampled"] for found in splits.values()):
         return OmittedSection(_TITLE, "no context was measured")
-    cut = _CUT.get(options.get("keep", ""), "longer ones are truncated")
-    intro = (
-        '<p class="intro">Lengths of contexts, the text that belongs to an image, in tokens of the '
-        f"text encoder. The encoder reads a limited number of tokens: {cut}. Lengths are before "
-        "truncation, measured on a sample of each split.</p>"
-        '<ul class="legend"><li><i class="swatch within"></i>fits</li>'
-        '<li><i class="swatch beyond"></i>too long</li></ul>'
-    )
-    charts = "".join(_chart(split, found) for split, found in splits.items())
-    return Section("lengths", _TITLE, f'{intro}<div class="charts">{charts}</div>')
-
-
-def _chart(split: str, found: Mapping[str, Any]) -> str:
-    lengths = found["lengths"]
-    name = f"<h3>{text(split)}</h3>"
-    if not lengths["num_sampled"]:
-        return f'<div class="chart">{name}<p>No context was measured.</p></div>'
-    facts = (
-        f"<strong>{percent(lengths['share_over'])}</strong> exceed the limit of "
-        f"{figure(lengths['room'], ',')} tokens. Mean {figure(lengths['mean'], ',.1f')}, maximum "
-        f"{figure(lengths['longest'], ',')} tokens. "
-        f"Measured on a sample of {figure(lengths['num_sampled'], ',')} of "
-        f"{counted(found['num_instances'], 'instance')}."
-    )
-    return (
-        f'<figure class="chart">{name}{_svg(split, lengths)}'
-        f"<figcaption>{facts}{_details(lengths)}</figcaption></figure>"
-    )
-
-
-def _details(lengths: Mapping[str, Any]) -> str:
-    rows = [
-        (bin_name(place, lengths), [figure(count, ",")])
-        for place, count in enumerate(lengths["counts"])
+    charts = [
+        {
+            "split": split,
+            "lengths": found["lengths"],
+            "num_instances": found["num_instances"],
+            "chart": _chart(split, found["lengths"]),
+            "table": _table(found["lengths"]),
+        }
+        for split, found in splits.items()
     ]
-    return f"<details><summary>As a table</summary>{table(['Length', 'Contexts'], rows)}</details>"
+    cut = _CUT.get(options.get("keep", ""), "longer ones are truncated")
+    return Section("lengths", _TITLE, "lengths.html", {"cut": cut, "charts": charts})
 
 
 def bin_name(place: int, lengths: Mapping[str, Any]) -> str:
@@ -73,31 +46,34 @@ def bin_name(place: int, lengths: Mapping[str, Any]) -> str:
     return f"{place * width + (place > 0):,} to {(place + 1) * width:,} tokens"
 
 
-def _svg(split: str, lengths: Mapping[str, Any]) -> str:
-    counts, width = lengths["counts"], lengths["bin_width"]
-    highest = max(counts)
-    box = (0.0, float(width * len(counts)), 0.0, 1.05 * highest)
-    up = {value: f"{value:,.0f}" for value in ticks(0, highest, min(_NUM_TICKS, highest))}
-    bars = "".join(_bar(place, count, box, lengths) for place, count in enumerate(counts))
-    title = (
-        f"{text(split)}: contexts by their number of tokens, "
-        f"{100 * lengths['share_over']:.1f} % exceed the limit of {lengths['room']:,}"
+def _table(lengths: Mapping[str, Any]) -> Table:
+    rows = tuple(
+        Row(bin_name(place, lengths), (Cell(count, ","),))
+        for place, count in enumerate(lengths["counts"])
     )
-    return (
-        f'<svg role="img" width="100%" height="240"><title>{title}</title>'
-        f"{axes(box, _labels(lengths), up)}{bars}{_edge(box, lengths)}"
-        f"{axis_names('tokens', 'contexts')}</svg>"
-    )
+    return Table("", ("Contexts",), rows, corner="Length")
 
 
-def _bar(place: int, count: int, box: Box, lengths: Mapping[str, Any]) -> str:
-    start, width = place * lengths["bin_width"], 100 * lengths["bin_width"] / box[1]
-    kind = "within" if start < lengths["room"] else "beyond"
-    height = 100 * count / box[3]
-    return (
-        f'<rect class="{kind}" x="{100 * start / box[1] + 0.06 * width:.3f}%" '
-        f'y="{100 - height:.3f}%" width="{0.88 * width:.3f}%" height="{height:.3f}%">'
-        f"<title>{bin_name(place, lengths)}: {count:,}</title></rect>"
+def _chart(split: str, lengths: Mapping[str, Any]) -> Chart | None:
+    if not lengths["num_sampled"]:
+        return None
+    width, room = lengths["bin_width"], lengths["room"]
+    share = f"{100 * lengths['share_over']:.1f}"
+    bars = [
+        (
+            "within" if place * width < room else "beyond",
+            count,
+            f"{bin_name(place, lengths)}: {count:,}",
+        )
+        for place, count in enumerate(lengths["counts"])
+    ]
+    return bar_chart(
+        f"{split}: contexts by their number of tokens, {share} % exceed the limit of {room:,}",
+        ("tokens", "contexts"),
+        bars,
+        width,
+        _labels(lengths),
+        (room, "fits", f"{share}\N{NARROW NO-BREAK SPACE}% too long"),
     )
 
 
@@ -108,21 +84,3 @@ def _labels(lengths: Mapping[str, Any]) -> dict[float, str]:
     clear = middle - _LABEL_SHARE * width * num_bins
     labels = {float(at): f"{at:,}" for at in range(0, open_from, lengths["room"]) if at < clear}
     return labels | {middle: f"{open_from:,}+"}
-
-
-def _edge(box: Box, lengths: Mapping[str, Any]) -> str:
-    """Mark the token limit, and label the share of contexts beyond it."""
-    at = 100 * lengths["room"] / box[1]
-    beyond = f"{100 * lengths['share_over']:.1f}\N{NARROW NO-BREAK SPACE}% too long"
-    if at > _NARROW_BEYOND:
-        sides = _side(at, -7, "end", f"{beyond} \N{RIGHTWARDS ARROW}")
-    else:
-        sides = _side(at, -7, "end", "fits") + _side(at, 7, "start", beyond)
-    return f'<line class="edge" x1="{at:.3f}%" x2="{at:.3f}%" y1="-18" y2="100%"/>{sides}'
-
-
-def _side(at: float, shift: int, anchor: str, label: str) -> str:
-    return (
-        f'<text class="side" x="{at:.3f}%" y="0" dx="{shift}" dy="-8" '
-        f'text-anchor="{anchor}">{label}</text>'
-    )

@@ -70,6 +70,22 @@ def own_name(card: Mapping[str, Any]) -> str:
     return f"{label}, not the paper's" if is_taken else label
 
 
+def proven_label(card: Mapping[str, Any]) -> str | None:
+    """Return a system's own label, or None; what its card does not prove is marked as a label.
+
+    A name of the paper needs the paper's setup, and `fine-tuned` a run.
+    """
+    label = label_of(card)
+    if label is None:
+        return None
+    is_earned = _letters(matching_row(card) or "") == _letters(label)
+    name = label if is_earned else own_name(card)
+    denied = re.search(r"\bnot fine-?tuned\b", label, re.IGNORECASE)
+    claimed = not denied and re.search(r"\bfine-?tuned\b", label, re.IGNORECASE)
+    is_unproven = denied if card.get("run") else claimed
+    return f"{name} (by its label)" if is_unproven else name
+
+
 def matching_row(card: Mapping[str, Any], strategy: str = "hash") -> str | None:
     """Return the row of the paper's tables that a system earned, or None."""
     if comparison_mismatches(card) or setup_mismatches(card, strategy):

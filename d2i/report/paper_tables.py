@@ -15,8 +15,7 @@ from d2i.report.comparable import (
     is_plain,
     place,
 )
-from d2i.report.evaluation import Evaluation, disambiguate
-from d2i.report.html import is_number
+from d2i.report.evaluation import Evaluation, disambiguate, is_baseline
 from d2i.report.paper_rows import (
     BACKBONES,
     PaperScores,
@@ -31,9 +30,9 @@ from d2i.report.paper_rows import (
     row_mismatches,
 )
 from d2i.report.score_rows import NO_PAPER, Gains, score_row, score_table
-from d2i.report.table import Cell, Row, Table
+from d2i.report.table import Cell, Row, Table, is_number
 
-_GAIN = "Gain: score after fine-tuning minus before, of the same network on the same text."
+GAIN = "Gain: score after fine-tuning minus before, of the same network on the same text."
 _OUR_CAPTIONS = "Divter: trained on our captions, because {corpus} has none."
 
 
@@ -111,7 +110,7 @@ def _notes(corpus: str, part: Sequence[Evaluation], names: Sequence[str]) -> lis
     """Explain the numbers, why some are missing, and which systems have no row of the paper."""
     is_beside, notes = _is_beside_paper(part), []
     if is_beside or any(find_baseline(evaluation, part) for evaluation in part):
-        notes.append(_GAIN)
+        notes.append(GAIN)
     if any(_has_our_captions(corpus, evaluation) for evaluation in part):
         notes.append(_OUR_CAPTIONS.format(corpus=corpus_title(corpus)))
     if is_beside:
@@ -180,20 +179,5 @@ def find_baseline(evaluation: Evaluation, beside: Sequence[Evaluation]) -> Evalu
 
     Returns None if it was not evaluated, or several evaluations match.
     """
-    if not evaluation.card.get("run") or not evaluation.card.get("backbone"):
-        return None
-    found = [e for e in beside if _is_start(e, evaluation)]
+    found = [e for e in beside if is_baseline(e, evaluation)]
     return found[0] if len(found) == 1 else None
-
-
-def _is_start(before: Evaluation, after: Evaluation) -> bool:
-    if before.card.get("run"):
-        return False
-    same = ("backbone", "changed_sizes", "text", "context")
-    if any(before.card.get(name) != after.card.get(name) for name in same):
-        return False
-    start, own = (e.card.get("initial_weights") or {} for e in (before, after))
-    if own.get("file") == "scratch":
-        return False
-    # Older cards do not record the hash.
-    return "sha256" not in start or "sha256" not in own or start["sha256"] == own["sha256"]

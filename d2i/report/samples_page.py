@@ -8,8 +8,9 @@ from typing import Any
 
 from d2i.io import storage
 from d2i.report.data_split import speaking_turns
-from d2i.report.document import render_document, render_header
-from d2i.report.html import Section, card, counted, image_tag, table, text
+from d2i.report.document import Section, render_page
+from d2i.report.embedded_images import image_uri
+from d2i.report.table import Cell, Row, Table
 
 
 @dataclass(frozen=True)
@@ -42,53 +43,32 @@ def write_samples_page(
         num_samples: Number of samples in the data set.
         samples: The samples to show.
     """
-    shown = card("Shown", [("samples", counted(len(samples), "sample"))], "in shard order")
-    header = render_header(
-        "prepared data",
-        text(data_url),
-        f"{counted(num_samples, 'sample')}: each context beside its source image and the image "
-        "decoded from the stored latents.",
-        shown,
-    )
     sections = [_section(number, sample) for number, sample in enumerate(samples)]
-    page = render_document(
-        f"Samples of {data_url}", header, sections, "No image on this page is generated."
+    page = render_page(
+        "samples.html",
+        f"Samples of {data_url}",
+        sections,
+        data_url=data_url,
+        num_samples=num_samples,
     )
     storage.write_bytes(url, page.encode())
 
 
 def _section(number: int, sample: ShownSample) -> Section:
-    key = str(sample.metadata["key"])
-    kept = _figure("Source image", image_tag(sample.kept, f"source image of {key}"))
-    if sample.kept is None:
-        kept = _figure("Source image", "<p>not stored in this shard</p>")
-    decoded = _figure("Decoded latents", image_tag(sample.decoded, f"decoded latents of {key}"))
-    body = (
-        f'<article class="conversation">{_chat(sample.metadata["context"])}'
-        f'<div class="images">{kept}{decoded}</div></article>{_facts(sample)}'
-    )
-    return Section(f"sample-{number}", key, body)
-
-
-def _chat(turns: Sequence[dict[str, Any]]) -> str:
-    items = "".join(
-        f'<li dir="auto" class="{"ours" if speaker % 2 else "theirs"}">{text(words)}</li>'
-        for speaker, words in speaking_turns(turns)
-    )
-    return f'<ol class="chat" tabindex="0" aria-label="Conversation">{items}</ol>'
-
-
-def _figure(name: str, body: str) -> str:
-    return f"<figure><figcaption>{text(name)}</figcaption>{body}</figure>"
-
-
-def _facts(sample: ShownSample) -> str:
-    source = sample.metadata["source"]
-    rows = {
+    key, source = str(sample.metadata["key"]), sample.metadata["source"]
+    facts = {
         "image": ", ".join(source["ref"]),
         "sha256": source["sha256"],
         "source": f"{source['width']} x {source['height']} pixels, {source['size_bytes']} bytes",
         "text encoder input": sample.line,
         "tokens": " ".join(map(str, sample.tokens)),
     }
-    return table(("", "value"), [(text(name), [text(value)]) for name, value in rows.items()])
+    values = {
+        "key": key,
+        "turns": [(*turn, False) for turn in speaking_turns(sample.metadata["context"])],
+        "is_kept": sample.kept is not None,
+        "kept": image_uri(sample.kept),
+        "decoded": image_uri(sample.decoded),
+        "facts": Table("", ("",), tuple(Row(n, (Cell(v),)) for n, v in facts.items())),
+    }
+    return Section(f"sample-{number}", key, "sample.html", values)

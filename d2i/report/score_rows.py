@@ -8,9 +8,8 @@ from typing import Any
 from d2i.metric_specs import METRICS, PAPER_METRICS, MetricSpec
 from d2i.report.comparable import card_summary, guidance_words
 from d2i.report.evaluation import Evaluation
-from d2i.report.html import is_number
 from d2i.report.paper_rows import PaperScores
-from d2i.report.table import Cell, Row, Table
+from d2i.report.table import Cell, Row, Table, is_number
 
 NO_PAPER: PaperScores = {}
 Gains = Mapping[str, tuple[float | None, float | None]]
@@ -58,12 +57,12 @@ def score_row(
         ours, theirs = (gains or {}).get(metric.key, (None, None))
         value, std = paper.get(metric.key, (None, None))
         cells += [
-            _score(evaluation, metric),
+            score_cell(evaluation, metric),
             Cell(value, metric.spec, std, by_paper=True),
             Cell(ours, f"+{metric.spec}"),
             Cell(theirs, f"+{metric.spec}", by_paper=True),
         ]
-    cells += [_score(evaluation, metric) for metric in _OTHERS]
+    cells += [score_cell(evaluation, metric) for metric in _OTHERS]
     card = evaluation.card if evaluation else {}
     cells += [Cell(guidance_words(card)), Cell(_counts(card))]
     return Row(heading, tuple(cells), card_summary(evaluation) if evaluation else "", paper_words)
@@ -79,7 +78,8 @@ def _columns() -> list[tuple[str, bool]]:
     return [*columns, ("guidance", True), ("images", False)]
 
 
-def _score(evaluation: Evaluation | None, metric: MetricSpec) -> Cell:
+def score_cell(evaluation: Evaluation | None, metric: MetricSpec) -> Cell:
+    """Return a score with its deviation and interval; blank if there is none."""
     value = evaluation.scores.get(metric.key) if evaluation else None
     if evaluation is None or not is_number(value):
         return Cell()

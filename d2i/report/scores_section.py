@@ -1,10 +1,13 @@
-"""The scores side by side, each with the fields that decide it."""
+"""The scores of systems that are in no table of the paper, side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
+from d2i.corpora import corpus_title
 from d2i.metric_specs import METRICS, MetricSpec
+from d2i.report.comparable import card_summary
+from d2i.report.document import OmittedSection, Section, tables_section
 from d2i.report.evaluation import (
     MAX_NAMED,
     Evaluation,
@@ -12,125 +15,98 @@ from d2i.report.evaluation import (
     differing_fields,
     group_comparable,
 )
-from d2i.report.html import Section, figure, is_number, percent, table, text
+from d2i.report.paper_tables import GAIN, find_baseline
+from d2i.report.score_rows import score_cell
+from d2i.report.table import Cell, Row, Table, is_number, number_cell
 
-_CARD_FIELDS = {
-    "extractor": "Feature extractor",
-    "expected": "Images expected",
-    "found": "Images scored",
-    "weights_kind": "Weights of the run",
-    "sampler": "Sampler",
-    "num_steps": "Sampling steps",
-    "guidance_scale": "Guidance scale",
-    "precision": "Precision of the network",
-    "seed": "Seed",
-    "compute_batch_size": "Compute batch",
-    "device": "Device",
-    "context": "Context",
-}
+_TITLE = "Scores"
 
 
-def scores_section(evaluations: Sequence[Evaluation]) -> Section:
-    """Show scores whose cards agree in one table, and others in separate tables."""
-    groups = group_comparable(evaluations)
+def scores_section(
+    evaluations: Sequence[Evaluation], elsewhere: Collection[str] = ()
+) -> Section | OmittedSection:
+    """Show scores whose cards agree in one table, and others in separate tables.
+
+    Args:
+        evaluations: The systems.
+        elsewhere: Summaries of the metric cards whose scores another section shows.
+    """
     names = column_names(evaluations)
-    apart = ""
-    if len(groups) > 1:
-        fields = ", ".join(text(field) for field in differing_fields(evaluations))
-        apart = (
-            '<p class="warning">Not comparable, so shown in separate tables: they differ in '
-            f"{fields}.</p>"
-        )
-    tables = (
-        _scores_table([evaluations[n] for n in group], [names[n] for n in group])
-        for group in groups
+    own = [n for n, e in enumerate(evaluations) if card_summary(e) not in elsewhere]
+    chosen = [evaluations[n] for n in own]
+    groups = group_comparable(chosen)
+    apart = (
+        f"Not comparable, so shown in separate tables: they differ in "
+        f"{', '.join(differing_fields(chosen))}."
+        if len(groups) > 1
+        else ""
     )
-    return Section("scores", "Scores", apart + "".join(tables) + _warned(evaluations, names))
-
-
-def _warned(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
-    """Show each warning once, with the systems that it applies to."""
-    of: dict[str, list[str]] = {}
-    for name, evaluation in zip(names, evaluations, strict=True):
-        for warning in evaluation.warnings:
-            of.setdefault(warning, []).append(name)
-    return "".join(
-        f'<p class="warning">{text(_listed(warned))}: {text(warning)}.</p>'
-        for warning, warned in of.items()
-    )
-
-
-def _listed(names: Sequence[str]) -> str:
-    if len(names) <= MAX_NAMED:
-        return ", ".join(names)
-    return f"{', '.join(names[:MAX_NAMED])} and {len(names) - MAX_NAMED} more"
-
-
-def _scores_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
-    card = evaluations[0].card
-    extractor, found = text(card.get("extractor", "not recorded")), card.get("found")
-    images = f", {figure(found, ',')} images" if is_number(found) else ""
-    rows = [
-        (f"{metric.long_title} {_direction(metric)}", [_score(e, metric) for e in evaluations])
-        for metric in METRICS.values()
-        if metric.on_page
+    tables = [
+        _table([chosen[n] for n in group], [names[own[n]] for n in group]) for group in groups
     ]
-    if any(evaluation.judged for evaluation in evaluations):
-        rows.append(
-            ("Attribute accuracy <small>higher is better</small>", _accuracies(evaluations))
+    reason = "the tables above have them all"
+    return tables_section("scores", _TITLE, tables, intro=apart, omitted=reason)
+
+
+def _table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> Table:
+    metrics = [metric for metric in METRICS.values() if metric.on_page]
+    if all(e.scores.get("fid_clip") == e.scores.get("fid") for e in evaluations):
+        # The extractor is CLIP: it is the same number.
+        metrics = [metric for metric in metrics if metric.key != "fid_clip"]
+    rows = [
+        Row(
+            metric.long_title,
+            tuple(_score(e, metric) for e in evaluations) + _gain(evaluations, metric),
+            note=_direction(metric),
         )
-    head = ["Score", *(text(name) for name in names)]
-    caption = f"FID on {extractor}{images}"
-    is_wide = len(evaluations) > MAX_NAMED
-    return (
-        _turned(head, rows, caption) if is_wide else table(head, rows, caption)
-    ) + f"<details><summary>Metric card</summary>{_card_table(evaluations, names)}</details>"
+        for metric in metrics
+    ]
+    accuracies = [(e.judged or {}).get("accuracy") or {} for e in evaluations]
+    shares = tuple(number_cell(a.get("generated"), ".1%", "not judged") for a in accuracies)
+    gain = (Cell(),) if _has_gain(evaluations) else ()
+    rows.append(Row("Attribute accuracy", (*shares, *gain), note="higher is better"))
+    columns = (*names, *(["Gain"] if gain else []))
+    notes = (GAIN,) if gain else ()
+    table = Table(_caption(evaluations), columns, tuple(rows), notes, corner="Score")
+    return _turned(table) if len(evaluations) > MAX_NAMED else table
 
 
-def _turned(head: Sequence[str], rows: Sequence[tuple[str, list[str]]], caption: str) -> str:
-    """Render a table with its columns as rows, for more systems than fit the page's width."""
-    headings, cells = zip(*rows, strict=True)
-    columns = zip(head[1:], zip(*cells, strict=True), strict=True)
-    return f'<div class="turned">{table(["System", *headings], columns, caption)}</div>'
+def _caption(evaluations: Sequence[Evaluation]) -> str:
+    card = evaluations[0].card
+    corpora = {str(e.card["corpus"]) for e in evaluations if e.card.get("corpus")}
+    systems = f"Systems on {corpus_title(*corpora)}. " if len(corpora) == 1 else ""
+    found = card.get("found")
+    images = f", {found:,} images" if is_number(found) else ""
+    return f"{systems}FID on {card.get('extractor', 'not recorded')}{images}"
+
+
+def _turned(table: Table) -> Table:
+    """Swap rows and columns, for more systems than fit the page's width."""
+    rows = zip(table.columns, zip(*(row.cells for row in table.rows), strict=True), strict=True)
+    columns = tuple(f"{row.heading} ({row.note.partition(',')[0]})" for row in table.rows)
+    return Table(table.title, columns, tuple(Row(*row) for row in rows), corner="System")
 
 
 def _direction(metric: MetricSpec) -> str:
     # The caption names the extractor for FID.
-    on_extractor = (
-        ", on the same extractor" if metric.is_on_extractor and metric.key != "fid" else ""
-    )
-    return f"<small>{metric.direction}{on_extractor}</small>"
+    is_other = metric.is_on_extractor and metric.key != "fid"
+    return f"{metric.direction}{', on the same extractor' if is_other else ''}"
 
 
-def _score(evaluation: Evaluation, metric: MetricSpec) -> str:
-    value = evaluation.scores.get(metric.key)
-    if not is_number(value):
-        return '<span class="absent">not scored</span>'
-    std = evaluation.scores.get(metric.std_key) if metric.std_key else None
-    deviation = f" <small>± {figure(std, metric.spec)}</small>" if is_number(std) else ""
-    interval = _interval(evaluation.intervals.get(metric.key), metric.spec)
-    return figure(value, metric.spec) + deviation + interval
+def _score(evaluation: Evaluation, metric: MetricSpec) -> Cell:
+    cell = score_cell(evaluation, metric)
+    return cell if cell.value is not None else Cell(blank="not scored")
 
 
-def _interval(interval: Sequence[float] | None, spec: str) -> str:
-    if interval is None:
-        return ""
-    low, high = (figure(end, spec) for end in interval)
-    return f" <small>{low} to {high}</small>"
+def _has_gain(evaluations: Sequence[Evaluation]) -> bool:
+    return len(evaluations) == 2 and find_baseline(evaluations[1], evaluations[:1]) is not None
 
 
-def _accuracies(evaluations: Sequence[Evaluation]) -> list[str]:
-    shares = [((e.judged or {}).get("accuracy") or {}).get("generated") for e in evaluations]
-    return [
-        percent(share) if is_number(share) else '<span class="absent">not judged</span>'
-        for share in shares
-    ]
-
-
-def _card_table(evaluations: Sequence[Evaluation], names: Sequence[str]) -> str:
-    rows = [
-        (title, [text(evaluation.card.get(field, "not recorded")) for evaluation in evaluations])
-        for field, title in _CARD_FIELDS.items()
-    ]
-    rows.insert(0, ("System", [text(evaluation.label) for evaluation in evaluations]))
-    return table(["", *(text(name) for name in names)], rows)
+def _gain(evaluations: Sequence[Evaluation], metric: MetricSpec) -> tuple[Cell, ...]:
+    """Return the gain of fine-tuning, if the two systems are a network before and after it."""
+    if not _has_gain(evaluations):
+        return ()
+    before, after = (e.scores.get(metric.key) for e in evaluations)
+    if not (is_number(before) and is_number(after)):
+        return (Cell(),)
+    return (Cell(after - before, f"+{metric.spec}"),)

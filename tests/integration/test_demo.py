@@ -83,7 +83,7 @@ def test_demo_report_does_not_use_names_of_the_paper(tmp_path: Path) -> None:
     run_d2i("report", tmp_path / "before", "--out", tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert_no_names_of_the_paper(page)
-    assert '<th scope="row">demo network, not fine-tuned</th>' in page
+    assert '<th scope="col">demo network, not fine-tuned</th>' in page
     card = json.loads((tmp_path / "before" / "scores.json").read_text())["card"]
     assert (card["corpus"], card["split"]) == ("made world", "test")
     assert card["changed_sizes"]["depth"] == [7, 12]

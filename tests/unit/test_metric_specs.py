@@ -12,6 +12,7 @@ from d2i.eval.metrics.measured import Measured
 from d2i.eval.metrics.scores import score
 from d2i.metric_specs import METRICS, PAPER_METRICS
 from d2i.report import paper_rows, paper_tables, scores_section
+from d2i.report.document import render_page
 from d2i.report.evaluation import Evaluation
 
 # Keys of scores.json that are not metrics but how these were computed.
@@ -50,7 +51,8 @@ def test_added_metric_spec_is_rendered_in_report(monkeypatch: pytest.MonkeyPatch
     evaluation = Evaluation(
         "a", {"toy": 12.34}, {"extractor": "clip"}, None, {}, {"toy": (11.0, 13.0)}
     )
-    page = scores_section.scores_section([evaluation]).body
+    section = scores_section.scores_section([evaluation])
+    page = render_page("samples.html", "a", [section], data_url="", num_samples=0)
     row = page[page.index("Toy score") :]
     assert row.index("lower is better") < row.index("12.3") < row.index(">11.00<")
 

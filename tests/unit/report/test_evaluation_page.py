@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import re
@@ -13,13 +14,15 @@ from typing import Any
 
 import numpy as np
 import pytest
+from jinja2 import UndefinedError
 from PIL import Image
 
 from d2i.cli.report import report
 from d2i.dialog import NO_SPEAKER, key_order_hash
 from d2i.errors import ConfigError, DataError
 from d2i.io import storage
-from d2i.report import ShownSample, read_evaluation, write_report, write_samples_page
+from d2i.report import ShownSample, document, read_evaluation, write_report, write_samples_page
+from d2i.report.conversations import is_correction
 from d2i.report.data_split import speaking_turns
 from d2i.report.svg import ticks
 from d2i.report.training import read_run, smooth
@@ -59,6 +62,8 @@ CARD = {
     "weights": {"backbone": "ab" * 32},
     "versions": {"torch": "2.14.1"},
     "device": "cpu",
+    "backbone": "uvit-s",
+    "initial_weights": {"file": "published.pth", "sha256": "ef" * 32},
 }
 
 
@@ -267,8 +272,7 @@ def test_report_accounts_for_every_planned_instance(inputs: ReportInputs) -> Non
 def test_dialog_text_is_escaped(inputs: ReportInputs) -> None:
     source = inputs.render()
     assert "<script" not in source
-    escaped = "&lt;script&gt;alert(&#x27;hi&#x27;)&lt;/script&gt; &amp; &quot;more&quot; :sun:"
-    assert source.count(escaped) == 12
+    assert html.unescape(source).count(HOSTILE) == 12
 
 
 def test_names_and_titles_are_escaped(inputs: ReportInputs) -> None:
@@ -295,10 +299,34 @@ def test_attributes_are_marked_right_or_wrong(inputs: ReportInputs) -> None:
     assert "colour wrong: </span> blue" in source
 
 
-def test_before_and_after_columns_require_same_network(inputs: ReportInputs) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"backbone": "uvit-s-deep"},
+        {"initial_weights": {"file": "published.pth", "sha256": "0" * 64}},
+        {"initial_weights": {"file": "published.pth"}},
+        {"initial_weights": {"file": "scratch"}},
+        {"run": None},
+        {"context": "none"},
+    ],
+)
+def test_before_and_after_columns_require_recorded_start(
+    inputs: ReportInputs, change: dict[str, Any]
+) -> None:
     assert '<th scope="col">Before</th><th scope="col">After</th>' in inputs.render()
-    rewrite(inputs.eval_dirs[1] / "scores.json", {"label": "uvit-m, fine-tuned"}, "card")
+    rewrite(inputs.eval_dirs[1] / "scores.json", change, "card")
     assert '<th scope="col">Before</th>' not in inputs.render()
+
+
+def test_label_that_card_does_not_prove_is_marked(inputs: ReportInputs) -> None:
+    """Neither a name of the paper nor `fine-tuned` is shown on the user's word alone."""
+    before, after = (directory / "scores.json" for directory in inputs.eval_dirs)
+    rewrite(before, {"label": "my model, fine-tuned"}, "card")
+    rewrite(after, {"label": "U-ViT-Small + ours", "backbone": None}, "card")
+    source = inputs.render()
+    for name in ("my model, fine-tuned (by its label)", "U-ViT-Small + ours, not the paper's"):
+        assert f"<strong>{name}</strong>" in html.unescape(source)
+        assert f"<figcaption>{name}</figcaption>" in html.unescape(source)
 
 
 def test_incomparable_scores_are_in_separate_tables(inputs: ReportInputs) -> None:
@@ -335,10 +363,9 @@ def test_missing_sections_are_omitted_with_reason(inputs: ReportInputs) -> None:
     rewrite(directory / "scores.json", {"data": str(inputs.root / "gone" / "test")}, "card")
     write_report([directory], inputs.root / "report.html")
     source = (inputs.root / "report.html").read_text()
+    (line,) = re.findall(r'<p class="left-out">Left out:(.*)</p>', source)
     for title in ("Conversations", "Attributes", "Training", "Data", "Times"):
-        assert re.search(
-            rf'<p class="left-out"><strong>{title}</strong> omitted: [^<]+\.</p>', source
-        )
+        assert re.search(rf"<strong>{title}</strong> \([^<]+\)[;.]", line)
     assert "Attribute accuracy" not in source
     assert re.findall(r'<a href="#(\w+)"', source) == ["scores", "cards"]
 
@@ -414,5 +441,127 @@ def test_no_speaker_and_empty_turns_render_no_bubble(tmp_path: Path) -> None:
     sample = ShownSample({"key": "k", "context": context, "source": source}, "", [], None, b"")
     write_samples_page(str(tmp_path / "page.html"), "data", 1, [sample])
     bubbles = re.findall(r"<li dir=[^>]*>(.*?)</li>", (tmp_path / "page.html").read_text())
-    assert bubbles == ["hi", "here"]
+    assert [bubble.partition("</span>")[2] for bubble in bubbles] == ["hi", "here"]
     assert speaking_turns(context) == ((0, "hi"), (0, "here"))
+
+
+def make_success(inputs: ReportInputs, keys: list[str]) -> None:
+    """Have the judge read every attribute of some of the last system's images right."""
+    path = inputs.eval_dirs[1] / "judged.json"
+    judged = json.loads(path.read_text())
+    for key in keys:
+        judged["examples"][key]["read"] = judged["examples"][key]["wanted"]
+    path.write_text(json.dumps(judged))
+
+
+def test_success_on_corrected_dialog_leads_and_page_says_so(inputs: ReportInputs) -> None:
+    hashed = sorted(inputs.keys[:-1], key=lambda key: key_order_hash(key, 0))
+    assert "was chosen" not in inputs.render()
+    make_success(inputs, hashed[4:6])
+    source = inputs.render()
+    shown = re.findall(r'<article class="conversation" aria-label="([^"]+)"', source)
+    assert shown == [hashed[4], *hashed[:4], *hashed[5:12]]
+    assert "The first one was chosen: a turn begins like a correction" in source
+    marked = re.findall(r'class="theirs marked"><span[^>]*>[^<]*</span>([^<]+)<', source)
+    assert marked == ["no wait, the blue one"] * 12
+    kinds = re.findall(r'data-kinds="([^"]+)" style="--rank:(\d+)"', source)
+    assert kinds[0] == ("corrected right", "0")
+    assert sum("right" in kind for kind, _ in kinds) == 2
+    assert sorted(int(rank) for _, rank in kinds) == list(range(12))
+    # Every dialog has a correction, so it is no choice.
+    assert re.findall(r'<input type="radio" name="[\w-]+-show" class="(\w+)"', source) == [
+        "all",
+        "right",
+        "wrong",
+    ]
+
+
+def test_without_judge_highest_clip_i_leads(inputs: ReportInputs) -> None:
+    for directory in inputs.eval_dirs:
+        (directory / "judged.json").unlink()
+        rows = [
+            {"key": key, "status": "ok", "clip_i": 50.0 + number}
+            for number, key in enumerate(inputs.keys)
+        ]
+        (directory / "instances.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    source = inputs.render()
+    shown = re.findall(r'<article class="conversation" aria-label="([^"]+)"', source)
+    assert shown[0] == inputs.keys[-2]
+    assert "CLIP-I is the highest among such dialogs" in source
+    assert 'CLIP-I <data value="63.0" title="63.0">63.0</data>' in source
+    assert "Sort by CLIP-I of After" in source
+    # A line that is no JSON is one error.
+    (inputs.eval_dirs[1] / "instances.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"instances\.jsonl"):
+        read_evaluation(inputs.eval_dirs[1]).clip_i  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("No wait, the blue one", True),
+        ("sorry, i meant at night", True),
+        ("actually, it was a ball", True),
+        ("hm, rather on the left", True),
+        ("oh no, the red one", True),
+        ("oh no, that is sad", False),
+        ("i actually like it", False),
+        ("sorry to hear that", False),
+    ],
+)
+def test_correction_is_told_by_first_words(words: str, expected: bool) -> None:
+    assert is_correction(words) == expected
+
+
+def test_validation_loss_is_plotted_beside_training_loss(inputs: ReportInputs) -> None:
+    assert 'class="validation"' not in inputs.render()
+    lines = [{"step": step, "loss": 0.5 + 1 / step, "bands": {}} for step in (100, 200, 300)]
+    path = inputs.root / "run" / "validation.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = inputs.render()
+    (path_of_line,) = re.findall(r'<polyline class="validation"[^>]*points="([^"]+)"', source)
+    assert len(path_of_line.split()) == source.count("<circle ") == 3
+    assert {repr(0.5 + 1 / 100), repr(0.5 + 1 / 300)} <= set(Page(source).values)
+
+
+def test_images_open_large_without_script(inputs: ReportInputs) -> None:
+    source = inputs.render()
+    boxes = re.findall(r'<div class="shot" id="([\w-]+)" popover><button[^>]*>', source)
+    assert len(set(boxes)) == len(Page(source).alts) == 12 * 3
+    assert re.findall(r'popovertarget="([\w-]+)"', source) == boxes
+
+
+def test_caution_is_beside_its_number(inputs: ReportInputs) -> None:
+    few, other = "FID on 15 images is noisy", "IS is biased low"
+    for directory in inputs.eval_dirs:
+        rewrite(directory / "scores.json", {"warnings": [few, other]})
+    source = inputs.render()
+    cards = re.findall(
+        r'<section class="card"><h2>([\w ]+|CLIP-I)</h2>(.*?)</section>', source, re.S
+    )
+    assert [title for title, body in cards if few in body] == ["FID"]
+    assert [title for title, body in cards if "Not comparable with published" in body] == ["FID"]
+    assert source.count(few) == source.count(other) == 1
+    assert other not in "".join(body for _, body in cards)
+
+
+def test_cards_are_folded_and_blank_rows_left_out(inputs: ReportInputs) -> None:
+    for directory in inputs.eval_dirs:
+        rewrite(directory / "scores.json", {"is": None}, "scores")
+    source = inputs.render(times=TIMES)
+    folded = re.findall(r'<section id="(\w+)"><details class="folded">', source)
+    assert folded == ["data", "times", "cards"]
+    assert "Inception Score" not in source
+    # The reconstructions were not judged.
+    assert "VAE reconstructions" not in source
+
+
+def test_templates_escape_everything() -> None:
+    """No template and no module marks a text as safe, and an unknown name is an error."""
+    directory = Path(document.__file__).parent
+    for path in [*directory.glob("*.py"), *directory.glob("templates/*.html")]:
+        assert not re.search(r"\|\s*safe\b|Markup\(|autoescape\s+false", path.read_text()), path
+    made = document.environment()
+    assert made.from_string("{{ a }}").render(a="<b>\x07") == "&lt;b&gt;\N{REPLACEMENT CHARACTER}"
+    with pytest.raises(UndefinedError):
+        made.from_string("{{ a }}").render()

@@ -21,7 +21,7 @@ from d2i.images.decode import ImageRejectedError, decode_image
 from d2i.images.file_kind import file_kind
 from d2i.images.png_chunks import MAX_INFLATED_BYTES, SIGNATURE, without_metadata
 from d2i.images.sandbox import Decoder
-from d2i.report.html import image_uri
+from d2i.report.embedded_images import image_uri
 
 LIMITS = ImageConfig(resolution=32)
 SIDE = 48
