@@ -200,31 +200,15 @@ def _row(
     corrections = [place for place, turn in enumerate(conversation.turns) if is_correction(turn[1])]
     decisive = corrections[-1] if corrections else None
     shows = f": {', '.join(map(str, wanted.values()))}" if wanted else f" of {key}"
-    images: list[dict[str, Any]] = [
-        {
-            "name": "Reference image",
-            "uri": image_uri(conversation.image),
-            "alt": f"Reference image{shows}",
-            "wanted": wanted,
-            "read": [],
-            "is_saved": True,
-            "clip_i": None,
-        }
-    ]
+    images = [_image("Reference image", conversation.image, f"Reference image{shows}")]
+    images[0]["wanted"] = wanted
     for name, evaluation, saved, example in zip(
         column_names(evaluations), evaluations, generated, examples, strict=True
     ):
-        images.append(
-            {
-                "name": name,
-                "uri": image_uri(saved.get(key)),
-                "alt": f"{name}: image generated for {key}",
-                "wanted": {},
-                "read": _read(example),
-                "is_saved": key in saved,
-                "clip_i": None if example else evaluation.clip_i.get(key),
-            }
-        )
+        image = _image(name, saved.get(key), f"{name}: image generated for {key}")
+        image |= {"is_saved": key in saved, "read": _read(example)}
+        image["clip_i"] = None if example else evaluation.clip_i.get(key)
+        images.append(image)
     kinds = ["corrected"] if corrections else []
     if examples[-1]:
         kinds.append("right" if _is_right(evaluations[-1], key) else "wrong")
@@ -235,6 +219,11 @@ def _row(
         "kinds": kinds,
         "score": _score(evaluations[-1], examples[-1], key),
     }
+
+
+def _image(name: str, data: bytes | None, alt: str) -> dict[str, Any]:
+    known = {"wanted": {}, "read": [], "is_saved": True, "clip_i": None}
+    return {"name": name, "uri": image_uri(data), "alt": alt, **known}
 
 
 def _example(evaluation: Evaluation, key: str) -> Mapping[str, Any] | None:

@@ -515,7 +515,9 @@ def test_correction_is_told_by_first_words(words: str, expected: bool) -> None:
 
 def test_validation_loss_is_plotted_beside_training_loss(inputs: ReportInputs) -> None:
     assert 'class="validation"' not in inputs.render()
-    lines = [{"step": step, "loss": 0.5 + 1 / step, "bands": {}} for step in (100, 200, 300)]
+    lines: list[dict[str, Any]] = [
+        {"step": step, "loss": 0.5 + 1 / step, "bands": {}} for step in (100, 200, 300)
+    ]
     path = inputs.root / "run" / "validation.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     source = inputs.render()
