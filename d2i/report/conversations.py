@@ -6,6 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from d2i.corpora import corpus_title
 from d2i.dialog import key_order_hash
 from d2i.errors import DataError
 from d2i.report.data_split import Conversation, first_of, read_conversations
@@ -42,7 +43,7 @@ def conversations_section(
     if cases:
         parts = [gallery(shown, group) for shown, group in _cases(groups, cases) if shown]
         return Section("conversations", _TITLE, "conversations.html", {"galleries": parts})
-    found = [_part(group) for group in groups]
+    found = [_part(group, _corpus(group) if len(groups) > 1 else "") for group in groups]
     parts = [part for part in found if not isinstance(part, str)]
     if not parts:
         return OmittedSection(_TITLE, str(found[0]))
@@ -139,7 +140,12 @@ def _data_url(evaluations: Sequence[Evaluation]) -> str:
     return str(evaluations[0].card.get("data", ""))
 
 
-def _part(evaluations: Sequence[Evaluation]) -> dict[str, Any] | str:
+def _corpus(evaluations: Sequence[Evaluation]) -> str:
+    corpus = evaluations[0].card.get("corpus")
+    return corpus_title(str(corpus)) if corpus else ""
+
+
+def _part(evaluations: Sequence[Evaluation], name: str) -> dict[str, Any] | str:
     """Return the gallery of systems evaluated on the same instances, or why there is none."""
     keys = set(evaluations[0].image_urls).intersection(*(e.image_urls for e in evaluations))
     if not keys:
@@ -152,7 +158,7 @@ def _part(evaluations: Sequence[Evaluation]) -> dict[str, Any] | str:
         shown += read_conversations(data_url, rest, NUM_CONVERSATIONS - len(shown))
         if not shown:
             return f"no saved image belongs to {data_url}"
-        return gallery(shown, evaluations, chosen=chosen)
+        return gallery(shown, evaluations, name=name, chosen=chosen)
     except DataError as error:
         return str(error)
 

@@ -31,7 +31,6 @@ _ROWS = (
 )
 Splits = Mapping[str, Mapping[str, Any]]
 _LEAKS_TITLE = "Leaks between splits"
-_SPLIT_WORDS = {"train": "training", "valid": "validation"}
 # A share below this one would be shown as 0.0 %.
 _LEAST_SHARE = 0.0005
 _ARROW = "\N{RIGHTWARDS ARROW}"
@@ -169,7 +168,7 @@ def leaks_section(survey: Mapping[str, Any]) -> Section | OmittedSection:
     largest_first = sorted(leaks["counts"], key=lambda count: -count["num_instances"])
     values = {
         "near": leaks["near"],
-        "findings": [_finding(count, splits) for count in largest_first],
+        "findings": [(count, _share(count, splits)) for count in largest_first],
         "corpus": shlex.join(
             ["--corpus", str(survey["corpus"]), "--source", str(survey["source"])]
         ),
@@ -177,19 +176,8 @@ def leaks_section(survey: Mapping[str, Any]) -> Section | OmittedSection:
     return Section("leaks", _LEAKS_TITLE, "leaks.html", values)
 
 
-def _finding(count: Mapping[str, Any], splits: Splits) -> dict[str, Any]:
-    split, other, num_instances = count["split"], count["other_split"], count["num_instances"]
-    of_all = splits.get(split, {}).get("num_instances", 0)
-    share = num_instances / of_all if of_all else 0.0
-    return {
-        "num_instances": num_instances,
-        "num_images": count["num_images"],
-        "split": split,
-        "other": other,
-        "kind": _SPLIT_WORDS.get(split, split),
-        "image": {
-            "shared_image": f"an image that is also in {other}",
-            "near_duplicate": f"a near-duplicate of an image in {other}",
-        }.get(count["reason"], f"an image of {other} ({count['reason']})"),
-        "share": share if share >= _LEAST_SHARE else None,
-    }
+def _share(count: Mapping[str, Any], splits: Splits) -> float | None:
+    """Return the share of a split that leaks, if it is not shown as 0.0 %."""
+    of_all = splits.get(count["split"], {}).get("num_instances", 0)
+    share = count["num_instances"] / of_all if of_all else 0.0
+    return share if share >= _LEAST_SHARE else None

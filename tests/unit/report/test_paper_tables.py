@@ -556,6 +556,7 @@ def test_study_page_is_complete_and_self_contained(study: Study) -> None:
     assert "photochat" in source
     # Systems of a corpus are shown next to its reference images: 12 dialogs each.
     assert source.count('<article class="conversation"') == 12 + 12 + 3 * 4
+    assert [source.count(f"<h3>{corpus}</h3>") for corpus in ("PhotoChat", "MMDialog")] == [1, 1]
     assert len(study.directories) == 20
     only = study.write("figure5.html", parts=("figure5",))
     assert '<section id="figure5">' in only
