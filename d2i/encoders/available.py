@@ -31,6 +31,19 @@ def check_present(encoders: EncodersConfig, *, is_here: bool = True) -> None:
         raise _missing("text_prefix", prefix, "no such file")
 
 
+def is_loadable_offline(value: str) -> bool:
+    """Return whether an encoder is shipped, a local path, or in the hub's local cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(resolve_weights(value)).exists():
+        return True
+    if value.count("/") not in (1, 2):
+        return False
+    owner, repository, *subfolder = value.split("/")
+    config = "/".join([*subfolder, _CONFIG_NAME])
+    return isinstance(try_to_load_from_cache(f"{owner}/{repository}", config), str)
+
+
 def _check(name: str, value: str, *, is_here: bool) -> None:
     where = Path(resolve_weights(value))
     if where.exists():

@@ -6,6 +6,7 @@ the next command starts it over.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -242,8 +243,14 @@ def _make_shards(
         progress.refresh(tally)
         on_progress(progress)
 
+    is_warned = False
     for _, result in session.pipeline(producer, consumer, tasks, show):
         progress.take(result)
+        found = result.reconstruction
+        warning = found.warning(request.recipe.encoders.vae) if found else None
+        if warning and not is_warned:
+            logging.getLogger(__name__).warning("%s", warning)
+            is_warned = True
         meter.add(result.num_written + sum(result.failures.values()))
         show()
         session.trigger_at("job.shard_done")

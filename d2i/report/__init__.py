@@ -12,10 +12,11 @@ marked as such. Must not import torch or ray.
 from d2i.report.corpus_page import write_corpus_report
 from d2i.report.evaluation import Evaluation, read_evaluation
 from d2i.report.evaluation_page import write_report
-from d2i.report.samples_page import ShownSample, write_samples_page
+from d2i.report.samples_page import ShownCodec, ShownSample, write_samples_page
 
 __all__ = [
     "Evaluation",
+    "ShownCodec",
     "ShownSample",
     "read_evaluation",
     "write_corpus_report",

@@ -32,8 +32,27 @@ class ShownSample:
     decoded: bytes
 
 
+@dataclass(frozen=True)
+class ShownCodec:
+    """The image codec of a data set, measured on a few of its images.
+
+    Args:
+        line: The figures, or why there are none.
+        warning: That they are poor; None if they are not.
+        grid: PNG bytes of the images above their reconstructions; None if not measured.
+    """
+
+    line: str
+    warning: str | None
+    grid: bytes | None
+
+
 def write_samples_page(
-    url: str, data_url: str, num_samples: int, samples: Sequence[ShownSample]
+    url: str,
+    data_url: str,
+    num_samples: int,
+    samples: Sequence[ShownSample],
+    codec: ShownCodec | None = None,
 ) -> None:
     """Write the page as one self-contained HTML file.
 
@@ -42,16 +61,25 @@ def write_samples_page(
         data_url: The data set, as it is named on the page.
         num_samples: Number of samples in the data set.
         samples: The samples to show.
+        codec: The figures of the image codec, to show above them.
     """
-    sections = [_section(number, sample) for number, sample in enumerate(samples)]
+    sections = [_codec_section(codec)] if codec else []
+    sections += [_section(number, sample) for number, sample in enumerate(samples)]
     page = render_page(
         "samples.html",
         f"Samples of {data_url}",
         sections,
         data_url=data_url,
+        num_shown=len(samples),
         num_samples=num_samples,
     )
     storage.write_bytes(url, page.encode())
+
+
+def _codec_section(codec: ShownCodec) -> Section:
+    grid = image_uri(codec.grid) if codec.grid else None
+    values = {"line": codec.line, "warning": codec.warning, "grid": grid}
+    return Section("image-codec", "Image codec", "codec.html", values)
 
 
 def _section(number: int, sample: ShownSample) -> Section:

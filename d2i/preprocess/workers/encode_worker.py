@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from d2i.config import Recipe
 from d2i.dialog import Instance
 from d2i.encoders import Encoders, load_encoders
 from d2i.encoders.data_fingerprint import image_part, make_fingerprint
+from d2i.encoders.reconstruction import NUM_MEASURED, Reconstruction, measure
 from d2i.errors import CheckpointError, ShardError
 from d2i.io import storage
 from d2i.io.config_lock import lock_or_diff
@@ -124,7 +125,16 @@ class EncodeWorker:
             )
             reused = self._reused.read(task, instances, self._recipe, sources)
             made = self.encode(instances, found, sources, reused)
-            return self._publish(task, made.samples, made.rows)
+            result = self._publish(task, made.samples, made.rows)
+            return (
+                replace(result, reconstruction=self._measure(found)) if not task.index else result
+            )
+
+    def _measure(self, found: list[FetchedImage]) -> Reconstruction | None:
+        """Measure what the autoencoder keeps of some images, so that a poor one is known early."""
+        usable = sorted((one for one in found if one.image), key=lambda one: one.ref.value)
+        pixels = [one.image.pixels for one in usable[:NUM_MEASURED] if one.image]
+        return measure(self._encoders.vae, np.stack(pixels)) if pixels else None
 
     def encode(
         self,

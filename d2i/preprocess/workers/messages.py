@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from d2i.config import Recipe
 from d2i.dialog import ImageRef, Instance
+from d2i.encoders.reconstruction import Reconstruction
 from d2i.fetch.result import FetchResult
 from d2i.preprocess.plan.planner import records_url
 from d2i.preprocess.plan.record_files import read_records
@@ -120,7 +121,11 @@ def receive(
 
 @dataclass(frozen=True)
 class ShardResult:
-    """Number of written instances of a planned shard, and the failures of the others by reason."""
+    """Number of written instances of a planned shard, and the failures of the others by reason.
+
+    Of the first shard of a split also the reconstruction of its first images, if it has any.
+    """
 
     num_written: int
     failures: dict[str, int]
+    reconstruction: Reconstruction | None = None
