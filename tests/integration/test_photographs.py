@@ -7,8 +7,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
+import d2i
 from d2i.cli.inspect import inspect
 from d2i.cluster import Session
 from d2i.preprocess.job import PreprocessRequest, make_splits
@@ -85,11 +85,8 @@ def test_small_recipe_from_photographs_to_an_answer(
     assert read_recipe(str(run)).backbone.is_random
     assert read_metrics(str(run))[-1].step == 3
 
-    (tmp_path / "chat.txt").write_text("what did you buy?\na red hat\n")
-    answer = tmp_path / "answer.png"
-    run_d2i("sample", "--run", run, "--dialog", tmp_path / "chat.txt", "--out", answer)
-    with Image.open(answer) as image:
-        assert image.size == (128, 128)
+    answer = d2i.load(str(run)).generate(["what did you buy?", "a red hat"])
+    assert answer.size == (128, 128)
 
 
 def test_poor_codec_is_told_while_preparing_and_by_inspect(
