@@ -52,7 +52,7 @@ def test_added_metric_spec_is_rendered_in_report(monkeypatch: pytest.MonkeyPatch
         "a", {"toy": 12.34}, {"extractor": "clip"}, None, {}, {"toy": (11.0, 13.0)}
     )
     section = scores_section.scores_section([evaluation])
-    page = render_page("samples.html", "a", [section], data_url="", num_samples=0)
+    page = render_page("samples.html", "a", [section], data_url="", num_shown=0, num_samples=0)
     row = page[page.index("Toy score") :]
     assert row.index("lower is better") < row.index("12.3") < row.index(">11.00<")
 
