@@ -39,9 +39,7 @@ def is_loadable_offline(value: str) -> bool:
         return True
     if value.count("/") not in (1, 2):
         return False
-    owner, repository, *subfolder = value.split("/")
-    config = "/".join([*subfolder, _CONFIG_NAME])
-    return isinstance(try_to_load_from_cache(f"{owner}/{repository}", config), str)
+    return isinstance(try_to_load_from_cache(*_config_in_hub(value)), str)
 
 
 def _check(name: str, value: str, *, is_here: bool) -> None:
@@ -60,13 +58,18 @@ def _not_in_hub(value: str) -> str:
     """Return the reason that a repository's configuration cannot be loaded, or '' if it can."""
     from huggingface_hub import hf_hub_download
 
-    owner, repository, *subfolder = value.split("/")
     try:
-        hf_hub_download(f"{owner}/{repository}", "/".join([*subfolder, _CONFIG_NAME]))
+        hf_hub_download(*_config_in_hub(value))
     except Exception as err:
         # The hub's client raises a dozen classes, and those of its HTTP transport.
         return next(iter(str(err).strip().splitlines()), type(err).__name__)[:200]
     return ""
+
+
+def _config_in_hub(value: str) -> tuple[str, str]:
+    """Return the repository of an encoder in the hub, and the path of its configuration there."""
+    owner, repository, *subfolder = value.split("/")
+    return f"{owner}/{repository}", "/".join([*subfolder, _CONFIG_NAME])
 
 
 def _missing(name: str, value: str, reason: str) -> CheckpointError:

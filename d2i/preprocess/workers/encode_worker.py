@@ -126,9 +126,9 @@ class EncodeWorker:
             reused = self._reused.read(task, instances, self._recipe, sources)
             made = self.encode(instances, found, sources, reused)
             result = self._publish(task, made.samples, made.rows)
-            return (
-                replace(result, reconstruction=self._measure(found)) if not task.index else result
-            )
+            if task.index:
+                return result
+            return replace(result, reconstruction=self._measure(found))
 
     def _measure(self, found: list[FetchedImage]) -> Reconstruction | None:
         """Measure what the autoencoder keeps of some images, so that a poor one is known early."""

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from d2i.config import Recipe
 from d2i.dialog import ImageRef, Instance
-from d2i.encoders.reconstruction import Reconstruction
 from d2i.fetch.result import FetchResult
 from d2i.preprocess.plan.planner import records_url
 from d2i.preprocess.plan.record_files import read_records
+
+if TYPE_CHECKING:
+    from d2i.encoders.reconstruction import Reconstruction
 
 
 @dataclass(frozen=True)
